@@ -1,0 +1,50 @@
+"""`pipeline align`: SFT, DPO on its adapter, and the comparison of base, SFT and DPO, in one go."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from pipeline.evaluation.results import Comparison
+from pipeline.evaluation.runs import compare_runs
+from pipeline.experiment import Experiment
+from pipeline.runs.run import read_run
+from pipeline.training.dpo import run_dpo
+from pipeline.training.sft import run_sft
+from pipeline.training.stage import Outcome
+from pipeline.validation import require_experiment_data
+
+
+def align(experiment: Experiment, root: Path, console: Console) -> tuple[list[Outcome], Comparison]:
+    """Both phases and their comparison; every data file is proven before the first phase begins.
+
+    Args:
+        experiment: with absolute paths.
+        root: where runs live.
+        console: where the user is told what goes on.
+
+    Returns:
+        The outcomes of SFT and DPO, and the comparison, which is also written into the DPO run.
+
+    Raises:
+        PipelineError: as the stages do; what was finished before stays.
+    """
+    require_experiment_data(experiment)
+    console.rule("phase one: SFT")
+    sft = run_sft(experiment, root, console)
+    _give_memory_back()
+    console.rule("phase two: DPO")
+    dpo = run_dpo(experiment, root, console, start=str(sft.run))
+    _give_memory_back()
+    console.rule("compare")
+    runs = [read_run(outcome.run) for outcome in (sft, dpo) if outcome.run is not None]
+    return [sft, dpo], compare_runs(runs, experiment, root, console)
+
+
+def _give_memory_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

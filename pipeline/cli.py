@@ -1,0 +1,234 @@
+"""The `pipeline` command: arguments to experiment to stage. No logic lives here.
+
+torch and the training libraries are imported by the commands that train or generate, so that `--help`, `validate`,
+`init` and `runs` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import __version__
+from pipeline.errors import ExitCode, PipelineError, PipelineErrors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.experiment import Experiment
+    from pipeline.runs.run import Run
+
+Answer = tuple[dict[str, Any], ExitCode]
+"""What a command returns: its JSON, and its exit code."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (`ExitCode`)."""
+    arguments = _parser().parse_args(argv)
+    as_json = arguments.format == "json"
+    from rich.console import Console
+
+    # With --format json, stdout is one JSON object's: people, and libraries that print, get stderr.
+    console = Console(stderr=as_json, soft_wrap=True)
+    with ExitStack() as stack:
+        if as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        try:
+            answer, code = arguments.command(arguments, console)
+        except PipelineError as error:
+            if arguments.debug:
+                raise
+            answer, code = _refused(error), error.exit_code
+            if not as_json:
+                _print_error(error)
+        except KeyboardInterrupt:
+            if arguments.debug:
+                raise
+            answer, code = {"ok": False, "errors": []}, ExitCode.INTERRUPTED
+            sys.stderr.write("interrupted\n")
+        except BrokenPipeError:
+            # The reader of our output has gone (`| head`); there is nobody left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return int(ExitCode.DONE)
+        except Exception as error:  # a defect of ours: said as one, in one line, unless asked for more
+            if arguments.debug:
+                raise
+            message = f"{type(error).__name__}: {error}"
+            mend = "this is a defect: run it again with --debug and report what it prints"
+            defect = PipelineError(message, code="internal", mend=mend, exit_code=ExitCode.WRONG)
+            answer, code = _refused(defect), defect.exit_code
+            if not as_json:
+                _print_error(defect)
+    if as_json:
+        sys.stdout.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
+    return int(code)
+
+
+def _refused(error: PipelineError) -> dict[str, Any]:
+    errors = error.errors if isinstance(error, PipelineErrors) else [error]
+    return {"ok": False, "errors": [one.as_dict() for one in errors]}
+
+
+def _print_error(error: PipelineError) -> None:
+    errors = error.errors if isinstance(error, PipelineErrors) else [error]
+    sys.stderr.write("".join(f"error: {one}\n" for one in errors))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pipeline",
+        description="Preference alignment: supervised fine-tuning, then DPO on the same adapter.",
+        epilog="Exit codes: 0 done, 1 the work found something wrong, 2 wrong usage or experiment, "
+        "3 interrupted, 4 the machine failed.",
+    )
+    parser.add_argument("--version", action="version", version=f"pipeline {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--format", choices=("text", "json"), default="text", help="json: one object on stdout")
+    common.add_argument("--debug", action="store_true", help="let errors through with their traceback")
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), metavar="DIR", help="where runs live")
+    experiment = argparse.ArgumentParser(add_help=False, parents=[where])
+    experiment.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="the experiment's YAML file")
+    experiment.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, e.g. dpo.beta=0.2"
+    )
+    dry = argparse.ArgumentParser(add_help=False)
+    dry.add_argument("--dry-run", action="store_true", help="a few steps on the longest rows; nothing is kept")
+
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable[..., Answer], text: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+        sub.set_defaults(command=command)
+        return sub
+
+    init = add("init", _init, "write starter experiments and sample data")
+    init.add_argument("directory", type=Path, metavar="DIR")
+    validate = add("validate", _validate, "check data files, or an experiment file and all that it names")
+    validate.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    validate.add_argument("--kind", choices=("demonstration", "preference"), help="what the data is for")
+    validate.add_argument("--max-errors", type=int, default=100, metavar="N", help="errors to show; all are counted")
+    add("sft", _sft, "phase one: supervised fine-tuning of a LoRA adapter", experiment, dry)
+    dpo = add("dpo", _dpo, "phase two: DPO on the SFT adapter, which is also the reference", experiment, dry)
+    dpo.add_argument(
+        "--from",
+        dest="start",
+        metavar="RUN",
+        help="a run or an adapter folder; else the newest finished SFT run",
+    )
+    add("align", _align, "sft, dpo and compare in one go", experiment)
+    compare = add("compare", _compare, "the base and runs on the same held-out prompts", where)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a run, or a folder with a PEFT adapter")
+    compare.add_argument("--experiment", type=Path, metavar="FILE", help="whose prompts; else the last run's")
+    compare.add_argument(
+        "--base", action=argparse.BooleanOptionalAction, default=True, help="ask the base as well (default)"
+    )
+    add("runs", _runs, "list the runs", where)
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> Experiment:
+    from pipeline.experiment_file import load_experiment
+
+    return load_experiment(arguments.experiment, arguments.set).experiment
+
+
+def _init(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.starter import write_starter
+
+    files = write_starter(arguments.directory)
+    for file in files:
+        console.print(str(file), highlight=False)
+    recipe = arguments.directory / "recipes" / "triage.yaml"
+    console.print(f"next: pipeline align {recipe}", highlight=False)
+    return {"ok": True, "files": [str(file) for file in files]}, ExitCode.DONE
+
+
+def _validate(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.data.report import as_json, print_reports
+    from pipeline.validation import validate
+
+    reports = validate(arguments.files, arguments.kind, max_errors=arguments.max_errors)
+    print_reports(reports, console)
+    answer = as_json(reports)
+    return answer, ExitCode.DONE if answer["ok"] else ExitCode.WRONG
+
+
+def _sft(arguments: argparse.Namespace, console: Console) -> Answer:
+    experiment = _load(arguments)
+    from pipeline.training.sft import run_sft
+
+    outcome = run_sft(experiment, arguments.checkpoints, console, dry_run=arguments.dry_run)
+    return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
+
+
+def _dpo(arguments: argparse.Namespace, console: Console) -> Answer:
+    experiment = _load(arguments)
+    from pipeline.training.dpo import run_dpo
+
+    outcome = run_dpo(experiment, arguments.checkpoints, console, start=arguments.start, dry_run=arguments.dry_run)
+    return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
+
+
+def _align(arguments: argparse.Namespace, console: Console) -> Answer:
+    experiment = _load(arguments)
+    from pipeline.align import align
+    from pipeline.evaluation.table import print_comparison
+
+    outcomes, comparison = align(experiment, arguments.checkpoints, console)
+    print_comparison(comparison, console)
+    console.print(f"written: {outcomes[-1].run}/compare.json", highlight=False)
+    runs = [str(outcome.run) for outcome in outcomes]
+    stages = {"sft": outcomes[0].as_dict(), "dpo": outcomes[1].as_dict()}
+    return {"ok": True, "runs": runs, "stages": stages, "compare": comparison.as_dict()}, ExitCode.DONE
+
+
+def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.runs.run import find_run
+
+    runs = [find_run(arguments.checkpoints, name) for name in arguments.runs]
+    from pipeline.evaluation.runs import compare_runs, experiment_of
+    from pipeline.evaluation.table import print_comparison
+    from pipeline.experiment_file import load_experiment
+
+    if arguments.experiment is None:
+        experiment = experiment_of(runs[-1])
+    else:
+        experiment = load_experiment(arguments.experiment).experiment
+    comparison = compare_runs(runs, experiment, arguments.checkpoints, console, with_base=arguments.base)
+    print_comparison(comparison, console)
+    return {"ok": True, **comparison.as_dict()}, ExitCode.DONE
+
+
+def _runs(arguments: argparse.Namespace, console: Console) -> Answer:
+    from rich.table import Table
+
+    from pipeline.runs.run import list_runs
+
+    runs = list_runs(arguments.checkpoints)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "status", "started", "base", "parent"):
+        table.add_column(heading)
+    for run in runs:
+        base = run.manifest.get("base", {}).get("id", "")
+        started, parent = str(run.manifest.get("start", "")), str(run.manifest.get("parent") or "")
+        table.add_row(run.name, run.status, started, base, parent)
+    console.print(table if runs else f"no runs under {arguments.checkpoints}")
+    return {"ok": True, "runs": [_run_summary(run) for run in runs]}, ExitCode.DONE
+
+
+def _run_summary(run: Run) -> dict[str, Any]:
+    keys = ("stage", "status", "experiment", "start", "end", "parent", "metrics")
+    return {"run": str(run.path), "name": run.name, **{key: run.manifest.get(key) for key in keys}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Data files as rows: JSON Lines, read line by line, or one JSON array, read whole."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.data.codes import MENDS
+from pipeline.data.place import MAX_FINDINGS_PER_ROW, Finding, line_and_column
+from pipeline.data.strict_json import JsonError, StrictJson, oddities, skip_space
+from pipeline.errors import ExitCode, PipelineError
+
+MAX_ROW_BYTES = 16 * 2**20
+"""The longest line of a JSONL file, and the longest element of a JSON array (there counted in characters)."""
+
+_HEAD_BYTES = 2**16
+_BOM = "\ufeff"
+_UNDECODED = re.compile("[\udc80-\udcff]")
+_BINARY = {
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+}
+_UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff", b"{\x00", b"[\x00", b"\x00{", b"\x00[")
+
+
+@dataclass(slots=True)
+class SourceRow:
+    """One row as it stands in the file."""
+
+    line: int
+    """The line on which the row begins, from 1."""
+    index: int | None
+    """The row's index in a JSON array; None in JSONL."""
+    text: str
+    """What holds the row: its line, or the whole array."""
+    start: int
+    """Where in `text` the row begins."""
+    value: Any = None
+    readable: bool = False
+    """Whether `value` holds the row."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong with the row as a text."""
+
+
+class Source:
+    """One data file.
+
+    Args:
+        path: a regular file; whether it is one is found out by `rows`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sha256 = ""
+        """Of all bytes of the file, in hexadecimal; empty until `rows` has reached the end."""
+        self._hash = hashlib.sha256()
+        self._json = StrictJson()
+
+    def rows(self) -> Iterator[SourceRow]:
+        """All rows, the broken ones included. JSONL is never held in memory for more than a line.
+
+        Raises:
+            PipelineError: there is no such file, or no rows can be told apart in (the rest of) it.
+        """
+        self._check_path()
+        try:
+            with self.path.open("rb") as file:
+                head = file.read(_HEAD_BYTES)
+                file.seek(0)
+                self._check_head(head)
+                # An array can only mean rows; a row of JSONL is an object, whatever the file is called.
+                is_array = head.removeprefix(_BOM.encode()).lstrip(b" \t\r\n").startswith(b"[")
+                yield from self._array(file) if is_array else self._lines(file)
+        except OSError as error:
+            raise self._error("unreadable-file", f"cannot be read: {_reason(error)}") from error
+        self.sha256 = self._hash.hexdigest()
+
+    def _error(self, code: str, message: str, line: int | None = None) -> PipelineError:
+        exit_code = ExitCode.WRONG
+        if code in ("no-such-file", "is-a-folder", "special-file", "unreadable-file"):
+            exit_code = ExitCode.USAGE
+        return PipelineError(
+            message, code=code, mend=MENDS[code], file=self.path, line=line, exit_code=exit_code
+        )
+
+    def _check_path(self) -> None:
+        try:
+            mode = self.path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._error("no-such-file", "no such file") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise self._error("unreadable-file", f"cannot be read: {_reason(error)}") from None
+        if stat.S_ISDIR(mode):
+            raise self._error("is-a-folder", "a folder, not a file")
+        if not stat.S_ISREG(mode):
+            raise self._error("special-file", "a pipe, socket or device, not an ordinary file")
+
+    def _check_head(self, head: bytes) -> None:
+        if not head:
+            raise self._error("empty-file", "the file is empty")
+        for magic, name in _BINARY.items():
+            if head.startswith(magic):
+                raise self._error("unsupported-file", f"{name}, neither JSONL nor JSON")
+        if head.startswith(_UTF_16_OR_32):
+            raise self._error("wrong-encoding", "the file is in UTF-16 or UTF-32, not in UTF-8")
+
+    def _lines(self, file: BinaryIO) -> Iterator[SourceRow]:
+        number = rows = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            self._hash.update(line)
+            if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
+                    self._hash.update(rest)
+                self._hash.update(rest)
+                yield SourceRow(number, None, "", 0, findings=[_too_long()])
+            elif line.strip(b" \t\r\n"):
+                row = self._line(*_decode(line), number)
+                if not rows and _spans_lines(row, self.path):
+                    raise self._error(
+                        "not-rows", "one JSON object over several lines, not one a line", number
+                    )
+                yield row
+            else:
+                continue
+            rows += 1
+        if not rows:
+            raise self._error("empty-file", "the file has no rows")
+
+    def _line(self, text: str, broken: bool, number: int) -> SourceRow:
+        text = text.rstrip("\r\n")
+        row = SourceRow(number, None, text, skip_space(text, 0))
+        if text.startswith(_BOM):
+            row.findings.append(_byte_order_mark())
+            row.start = skip_space(text, 1)
+        if broken:
+            row.findings += _broken_utf_8(text, 0, len(text))
+            return row
+        end = self._parse(row)
+        if end is not None and (end := skip_space(text, end)) < len(text):
+            row.readable = False
+            row.findings = [Finding("invalid-json", "not valid JSON: more text after the row", None, end)]
+        return row
+
+    def _array(self, file: BinaryIO) -> Iterator[SourceRow]:
+        data = file.read()
+        self._hash.update(data)
+        text, broken = _decode(data)
+        del data
+        position = 0
+        early = []
+        if text.startswith(_BOM):
+            early.append(_byte_order_mark())
+            position = 1
+        position = last = skip_space(text, position) + 1
+        index, line = 0, 1 + text.count("\n", 0, position)
+        while True:
+            position = skip_space(text, position)
+            line += text.count("\n", last, position)
+            last = position
+            if index == 0 and text[position : position + 1] == "]":
+                raise self._error("empty-file", "the array has no rows")
+            row = SourceRow(line, index, text, position, findings=early)
+            early = []
+            end = self._parse(row)
+            reached = (row.findings[-1].offset or 0) + 1 if end is None else end
+            if broken and (bad := _broken_utf_8(text, position, reached)):
+                row.findings, row.readable = bad, False
+            elif end is not None and end - position > MAX_ROW_BYTES:
+                row.findings, row.readable = [_too_long()], False
+            yield row
+            if end is None:
+                return  # where the next row begins cannot be told
+            position = skip_space(text, end)
+            index += 1
+            if text[position : position + 1] != ",":
+                break
+            position += 1
+        if text[position : position + 1] != "]":
+            self._refuse_rest(text, position, "expecting ',' or ']' after the row")
+        position = skip_space(text, position + 1)
+        if position < len(text):
+            self._refuse_rest(text, position, "more text after the array")
+
+    def _refuse_rest(self, text: str, position: int, cause: str) -> None:
+        line, column = line_and_column(text, position, 0, 1)
+        message = f"not valid JSON: {cause} (column {column})"
+        raise self._error("invalid-json", message, line)
+
+    def _parse(self, row: SourceRow) -> int | None:
+        """Reads the row's value; returns where it ends, None where that cannot be told."""
+        try:
+            parsed = self._json.parse(row.text, row.start)
+        except JsonError as error:
+            row.findings.append(error.finding)
+            return None
+        row.value, row.readable = parsed.value, True
+        if parsed.odd:
+            row.findings.extend(islice(oddities(row.text, row.start), MAX_FINDINGS_PER_ROW))
+        return parsed.end
+
+
+def _decode(data: bytes) -> tuple[str, bool]:
+    """The text, and whether it is broken: bytes that are not UTF-8 become what `_UNDECODED` finds."""
+    try:
+        return data.decode("utf-8"), False
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "surrogateescape"), True
+
+
+def _spans_lines(row: SourceRow, path: Path) -> bool:
+    """Whether the first line of a file is the beginning of an object that goes on in the next line."""
+    if row.readable or not row.findings or row.findings[-1].code != "invalid-json":
+        return False
+    if row.text.strip() == "{":
+        return True
+    return path.suffix == ".json" and row.findings[-1].offset == len(row.text)
+
+
+def _byte_order_mark() -> Finding:
+    return Finding("byte-order-mark", "a byte order mark stands before the row", None, 0)
+
+
+def _broken_utf_8(text: str, start: int, end: int) -> list[Finding]:
+    """The first place between `start` and `end` that was not UTF-8, if there is one."""
+    bad = _UNDECODED.search(text, start, end)
+    return [Finding("broken-utf-8", "the bytes here are not UTF-8", None, bad.start())] if bad else []
+
+
+def _too_long() -> Finding:
+    return Finding("row-too-long", f"longer than {MAX_ROW_BYTES // 2**20} MiB", None)
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()

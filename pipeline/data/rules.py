@@ -1,0 +1,120 @@
+"""What a JSON Schema cannot say of a row: the order of turns, and that a preference prefers something."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.data.convert import Converted
+from pipeline.data.place import Finding, Keys
+from pipeline.data.rows import Message, Preference
+from pipeline.data.schema import is_blank
+
+_Where = Sequence[Keys]
+
+
+def broken_rules(converted: Converted) -> Iterator[Finding]:
+    """Every rule that the row breaks."""
+    row, places = converted
+    if isinstance(row, Preference):
+        yield from _preference(row, places)
+    elif row.messages is not None:
+        where = places["messages"]
+        yield from _blank(row.messages, where)
+        if cut := row.prompt_turns:
+            yield from _prompt(row.messages[:cut], where[:cut])
+            yield from _answer("completion", row.messages[cut:], where[cut:])
+        else:
+            yield from _conversation(row.messages, where)
+
+
+def _preference(row: Preference, places: dict[str, list[Keys]]) -> Iterator[Finding]:
+    if not isinstance(row.prompt, str):
+        yield from _blank(row.prompt, places["prompt"])
+        yield from _prompt(row.prompt, places["prompt"])
+    for name in ("chosen", "rejected"):
+        answer = getattr(row, name)
+        if not isinstance(answer, str):
+            yield from _blank(answer, places[name])
+            yield from _answer(name, answer, places[name])
+    at = places["rejected"][0][:1]
+    if _said(row.chosen) == _said(row.rejected):
+        yield Finding("chosen-equals-rejected", "`chosen` and `rejected` are the same", at)
+    elif _normalised(row.chosen) == _normalised(row.rejected):
+        message = "`chosen` and `rejected` differ in spaces or in how characters are encoded alone"
+        yield Finding("chosen-equals-rejected", message, at)
+
+
+def _blank(messages: list[Message], where: _Where) -> Iterator[Finding]:
+    """Content that came in parts: the schema sees each part, not that all are blank."""
+    for message, keys in zip(messages, where, strict=True):
+        if message["role"] != "tool" and not message.get("tool_calls") and is_blank(message["content"]):
+            yield Finding("empty-content", "`content` is blank", (*keys, "content"))
+
+
+def _conversation(messages: list[Message], where: _Where) -> Iterator[Finding]:
+    yield from _order(messages, where, None)
+    if not any(message["role"] == "assistant" for message in messages):
+        yield Finding("no-assistant-turn", "no turn is the assistant's", where[0][:1])
+    elif messages[-1]["role"] != "assistant":
+        message = f"the last turn is the {_name(messages[-1])}, not the assistant's"
+        yield Finding("last-not-assistant", message, (*where[-1], "role"))
+
+
+def _prompt(messages: list[Message], where: _Where) -> Iterator[Finding]:
+    yield from _order(messages, where, None)
+    if messages[-1]["role"] not in ("user", "tool"):
+        message = f"the prompt ends with the {_name(messages[-1])} turn"
+        yield Finding("prompt-last-not-user", message, (*where[-1], "role"))
+
+
+def _answer(name: str, messages: list[Message], where: _Where) -> Iterator[Finding]:
+    """`completion`, `chosen` or `rejected`."""
+    if messages[0]["role"] != "assistant":
+        message = f"`{name}` begins with the {_name(messages[0])} turn, not the assistant's"
+        yield Finding("first-not-assistant", message, (*where[0], "role"))
+    yield from _order(messages[1:], where[1:], messages[0])
+    if len(messages) > 1 and messages[-1]["role"] != "assistant":
+        message = f"`{name}` ends with the {_name(messages[-1])} turn, not the assistant's"
+        yield Finding("last-not-assistant", message, (*where[-1], "role"))
+
+
+def _order(messages: list[Message], where: _Where, before: Message | None) -> Iterator[Finding]:
+    """Turns that follow what they cannot follow. `before`: the turn before these; None: they begin."""
+    for index, (message, keys) in enumerate(zip(messages, where, strict=True)):
+        role, at = message["role"], (*keys, "role")
+        if role in ("system", "developer"):
+            if index or before is not None:
+                yield Finding("system-not-first", f"a {role} message after the first turn", at)
+            continue
+        if before is None:
+            if role != "user":
+                text = f"the conversation begins with the {_name(message)} turn, not the user's"
+                yield Finding("first-not-user", text, at)
+        elif role == "tool":
+            if before["role"] != "tool" and not before.get("tool_calls"):
+                yield Finding("stray-tool-result", "a tool's result that no tool call came before", at)
+        elif role == before["role"]:
+            yield Finding("roles-not-alternating", f"two {role} turns, one after the other", at)
+        before = message
+
+
+def _name(message: Message) -> str:
+    """The role as a possessive: `the user's turn`."""
+    role = message["role"]
+    return role if role in ("system", "developer") else f"{role}'s"
+
+
+def _said(answer: str | list[Message]) -> Any:
+    """What an answer says and does, without what else its messages carry."""
+    if isinstance(answer, str):
+        return answer
+    return [(message["role"], message["content"], message.get("tool_calls")) for message in answer]
+
+
+def _normalised(answer: str | list[Message]) -> Any:
+    """The same with compatibility characters and runs of white space made alike (Unicode NFKC)."""
+    if isinstance(answer, str):
+        return " ".join(unicodedata.normalize("NFKC", answer).split())
+    return [(role, _normalised(content), calls) for role, content, calls in _said(answer)]

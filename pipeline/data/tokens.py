@@ -1,0 +1,98 @@
+"""Preferences to token ids, exactly as TRL's DPOTrainer makes them.
+
+The rules are those of `DPOTrainer._prepare_dataset` of TRL 1.16: the completion starts where the prompt and the prompt
+with its completion diverge, plain text ends with the eos token, and a row that is too long is cut at its end
+(`keep_start`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from pipeline.data.rows import Message, Preference
+from pipeline.errors import PipelineError
+
+Text: TypeAlias = str | Sequence[Message]
+"""Plain text, or the messages of a conversation."""
+
+
+class Completion(NamedTuple):
+    """A prompt and what follows it, as token ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many have a probability: without a prompt nothing precedes the first."""
+        return max(len(self.completion_ids) - (not self.prompt_ids), 0)
+
+
+class Pair(NamedTuple):
+    """A prompt with its preferred and its other completion, as token ids."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def encode(tokenizer: Any, text: Text, *, tools: Any = None, add_generation_prompt: bool = False) -> list[int]:
+    """The token ids of plain text, or of a conversation in the tokenizer's chat template.
+
+    A template writes its own special tokens, so none are added to what it renders.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: plain text or messages.
+        tools: the tools of a conversation, as Transformers takes them, or that as JSON.
+        add_generation_prompt: ends a conversation where the assistant's answer begins.
+
+    Raises:
+        PipelineError: messages, and no chat template.
+    """
+    if isinstance(text, str):
+        return list(tokenizer(text)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise PipelineError(
+            "the rows are conversations and the tokenizer has no chat template",
+            code="no-chat-template",
+            pointer="/tokenizer/chat_template",
+            mend="name a Jinja file as `tokenizer.chat_template`, or take an instruct model",
+        )
+    encoded = tokenizer.apply_chat_template(
+        [dict(message) for message in text],
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+    )
+    return list(encoded["input_ids"])
+
+
+def tokenize_pair(tokenizer: Any, row: Preference, max_length: int | None = None) -> Pair:
+    """The ids of a preference row; prompt and completion together have `max_length` tokens at most.
+
+    Both completions start at the same token, the earlier of the two where they diverge from the prompt. Where
+    the prompt alone fills `max_length` the completions are empty: the trainer drops such a row.
+    """
+    prompt_ids = encode(tokenizer, row.prompt, tools=row.tools, add_generation_prompt=True)
+    chosen = _with_completion(tokenizer, row.prompt, row.chosen, row.tools)
+    rejected = _with_completion(tokenizer, row.prompt, row.rejected, row.tools)
+    start = min(_common_prefix(prompt_ids, chosen), _common_prefix(prompt_ids, rejected))
+    return Pair(chosen[:start][:max_length], chosen[start:max_length], rejected[start:max_length])
+
+
+def _with_completion(tokenizer: Any, prompt: Text, completion: Text, tools: Any) -> list[int]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        ending = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        return encode(tokenizer, prompt + completion + ending)
+    assert not isinstance(prompt, str), "a row is text or messages, not both"
+    assert not isinstance(completion, str), "a row is text or messages, not both"
+    return encode(tokenizer, [*prompt, *completion], tools=tools)
+
+
+def _common_prefix(ids: list[int], others: list[int]) -> int:
+    pairs = zip(ids, others, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(others)))

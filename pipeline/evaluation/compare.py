@@ -1,0 +1,203 @@
+"""The same base with different adapters, put to the same held-out questions.
+
+One model object is held in memory; a `Policy` switches it to one set of weights. What the models are asked,
+how they are checked and what is measured is the same for all, so that every difference is the weights'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from pipeline.evaluation.checks import Checks, check_answer, require_references
+from pipeline.evaluation.generation import Answer, generate
+from pipeline.evaluation.preference import completion_logps, pair_logps, preference_scores
+from pipeline.evaluation.questions import Question
+from pipeline.evaluation.results import Comparison, Sample
+from pipeline.evaluation.summary import Measured, differences, figures
+from pipeline.data.tokens import Completion, Pair
+
+Progress: TypeAlias = Callable[[str, str, int, int], None]
+"""Called with the model's name, what is being done, how many of these are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One set of weights."""
+
+    key: str
+    """Equal keys are equal weights: what was scored with one is not scored again."""
+    activate: Callable[[], AbstractContextManager[Any]]
+    """Gives the model with these weights, for as long as the context lasts."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy to be compared, and what it was trained against."""
+
+    name: str
+    policy: Policy
+    reference: Policy | None = None
+    """Where its implicit reward starts: a DPO run's SFT adapter, an SFT run's base. The base has none."""
+    beta: float = 0.1
+    """The scale of the reward margin."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every model is asked; what is empty is not measured."""
+
+    questions: Sequence[Question] = ()
+    checks: Checks = field(default_factory=Checks)
+    completions: Sequence[Completion] = ()
+    """Held-out demonstrations, for the perplexity (`questions.completion_of`)."""
+    pairs: Sequence[Pair] = ()
+    """Held-out preferences (`tokens.tokenize_pair`)."""
+    max_new_tokens: int = 128
+    batch_size: int = 25
+    """Questions at a time."""
+    scoring_batch_size: int = 8
+    """Completions at a time to score: fewer, since each needs the logits of all its tokens at once."""
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    tokenizer: Any,
+    asked: Asked,
+    *,
+    base: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Asks every candidate the same and sums up what they did.
+
+    Args:
+        candidates: each with a name of its own.
+        tokenizer: the models' own.
+        asked: the questions, what is checked and what is scored. Completions that truncation left without a
+        token
+            are not scored, as the trainer drops them.
+        base: the name of the candidate that the deltas are against; None: there are no deltas.
+        seed: of the bootstrap intervals.
+        progress: see `Progress`.
+
+    Raises:
+        PipelineError: a field to match is in no reference answer, or a prompt cannot be asked.
+    """
+    names = [candidate.name for candidate in candidates]
+    assert len(set(names)) == len(names), "two candidates have one name"
+    assert base is None or base in names, "the base is not among the candidates"
+    require_references([question.reference for question in asked.questions], asked.checks)
+    completions = [completion for completion in asked.completions if completion.scored_tokens]
+    pairs = [pair for pair in asked.pairs if pair.chosen_ids and pair.rejected_ids]
+
+    measured: dict[str, Measured] = {}
+    seconds: dict[str, float] = {}
+    scored: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for candidate in candidates:
+        started = time.perf_counter()
+        with candidate.policy.activate() as model:
+            answers = _answers(model, tokenizer, asked, candidate.name, progress)
+            logps = completion_logps(
+                model,
+                completions,
+                batch_size=asked.scoring_batch_size,
+                progress=_counter(progress, candidate.name, "demonstrations", len(completions)),
+            )
+        measured[candidate.name] = Measured(
+            answers,
+            [
+                _checked(answer, question, asked.checks)
+                for answer, question in zip(answers, asked.questions, strict=True)
+            ],
+            logps.tolist(),
+            [completion.scored_tokens for completion in completions],
+            _margins(candidate, pairs, asked.scoring_batch_size, scored, progress),
+        )
+        seconds[candidate.name] = time.perf_counter() - started
+    return _summed_up(measured, asked.questions, seconds, base, seed)
+
+
+def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Progress | None) -> list[Answer]:
+    return generate(
+        model,
+        tokenizer,
+        [question.prompt for question in asked.questions],
+        max_new_tokens=asked.max_new_tokens,
+        batch_size=asked.batch_size,
+        tools=[question.tools for question in asked.questions],
+        progress=_counter(progress, name, "answers", len(asked.questions)),
+    )
+
+
+def _checked(answer: Answer, question: Question, checks: Checks) -> dict[str, bool]:
+    return {**check_answer(answer.text, question.reference, checks), "ends_by_itself": answer.ended}
+
+
+def _margins(
+    candidate: Candidate,
+    pairs: Sequence[Pair],
+    batch_size: int,
+    scored: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    progress: Progress | None,
+) -> list[float] | None:
+    """The candidate's reward margins; what was scored with equal weights before is taken from `scored`."""
+    if candidate.reference is None or not pairs:
+        return None
+
+    def logps_of(policy: Policy) -> Callable[[Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]:
+        def logps(pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+            if policy.key not in scored:
+                ticking = _counter(progress, candidate.name, "preferences", 2 * len(pairs))
+                with policy.activate() as model:
+                    scored[policy.key] = pair_logps(model, pairs, batch_size=batch_size, progress=ticking)
+            return scored[policy.key]
+
+        return logps
+
+    scores = preference_scores(logps_of(candidate.policy), logps_of(candidate.reference), pairs, candidate.beta)
+    return [float(score) for score in scores]
+
+
+def _counter(progress: Progress | None, name: str, what: str, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(name, what, done, total)
+
+    return advance
+
+
+def _summed_up(
+    measured: Mapping[str, Measured],
+    questions: Sequence[Question],
+    seconds: dict[str, float],
+    base: str | None,
+    seed: int,
+) -> Comparison:
+    metrics, deltas, absent = {}, {}, {}
+    for name, rows in measured.items():
+        metrics[name], unusable = figures(rows, seed=seed)
+        if unusable:
+            absent[name] = unusable
+        if base is not None and name != base:
+            deltas[name] = differences(rows, measured[base], seed=seed)
+    samples = [
+        Sample(
+            question.prompt if isinstance(question.prompt, str) else [dict(turn) for turn in question.prompt],
+            question.reference,
+            {name: rows.answers[index].text for name, rows in measured.items()},
+            {name: dict(rows.checks[index]) for name, rows in measured.items()},
+        )
+        for index, question in enumerate(questions)
+    ]
+    return Comparison(list(measured), base, metrics, deltas, samples, seconds, absent)

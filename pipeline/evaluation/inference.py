@@ -1,0 +1,31 @@
+"""What generation and scoring need of a model: no dropout, no gradients, and what its forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; every module is in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not `inference_mode`: a buffer that a forward replaces (dynamic rotary frequencies) would be left
+        # behind as an inference tensor, and the next training step would fail on it.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def forward_parameters(model: Any) -> frozenset[str]:
+    """The arguments that the Transformers model's forward takes, below PEFT's wrapper if there is one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(inner.forward).parameters)

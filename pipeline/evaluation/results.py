@@ -1,0 +1,83 @@
+"""The figures of one comparison, and the file `compare.json` that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.intervals import Estimate
+from pipeline.runs.files import write_json
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what every model made of it."""
+
+    prompt: str | list[dict[str, Any]]
+    reference: str | None
+    """The answer of the demonstration."""
+    outputs: dict[str, str]
+    """By model."""
+    checks: dict[str, dict[str, bool]]
+    """By model and check."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same questions put to several models.
+
+    A metric that does not apply to a model is not in its `metrics`; one that came out infinite or undefined
+    is not either, and `absent` says why, since JSON has no such numbers.
+    """
+
+    models: list[str]
+    base: str | None
+    """The model that `deltas` are against."""
+    metrics: dict[str, dict[str, Estimate]]
+    deltas: dict[str, dict[str, Estimate]]
+    samples: list[Sample]
+    seconds: dict[str, float]
+    """What each model took."""
+    absent: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as `compare.json` holds it."""
+        return {
+            "models": list(self.models),
+            "base": self.base,
+            "metrics": _plain(self.metrics),
+            "deltas": _plain(self.deltas),
+            "absent": self.absent,
+            "seconds": {model: round(seconds, 3) for model, seconds in self.seconds.items()},
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def _plain(figures: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
+    return {
+        model: {name: estimate.as_dict() for name, estimate in metrics.items()} for model, metrics in figures.items()
+    }
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Writes `compare.json`, whole or not at all.
+
+    Raises:
+        ValueError: a figure is infinite or not a number.
+        OSError: the disk refused.
+    """
+    write_json(path, comparison.as_dict())
+
+
+def samples_worth_showing(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The `count` samples on which the models' checks differ most, in the order of the prompts."""
+
+    def disagreements(index: int) -> int:
+        outcomes = samples[index].checks.values()
+        names = {name for checks in outcomes for name in checks}
+        return sum(len({checks.get(name) for checks in outcomes}) > 1 for name in names)
+
+    best = sorted(range(len(samples)), key=lambda index: (-disagreements(index), index))[:count]
+    return [samples[index] for index in sorted(best)]

@@ -1,0 +1,213 @@
+"""`pipeline compare`: runs and adapters of one base, put to the held-out questions of their experiment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipeline.data.check import load_rows
+from pipeline.errors import PipelineError
+from pipeline.evaluation.checks import checks_of
+from pipeline.evaluation.compare import Asked, Candidate, Policy, compare
+from pipeline.evaluation.questions import Question, completion_of, question_of
+from pipeline.evaluation.results import Comparison, write_comparison
+from pipeline.data.tokens import tokenize_pair
+from pipeline.experiment import Experiment
+from pipeline.experiment_file import load_experiment
+from pipeline.model.adapter import attached, require_adapter
+from pipeline.model.base import load_base
+from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
+from pipeline.runs.files import write_atomically
+from pipeline.runs.run import Run, find_run
+
+BASE = "base"
+
+
+def compare_runs(
+    runs: Sequence[Run | Path],
+    experiment: Experiment,
+    root: Path,
+    console: Console,
+    *,
+    with_base: bool = True,
+) -> Comparison:
+    """Asks the base and every run the experiment's held-out questions; writes `compare.json` into the last run.
+
+    Args:
+        runs: runs of ours, or folders of PEFT adapters.
+        experiment: whose base, questions and checks are used.
+        root: where runs live; a DPO run's reference is found there.
+        console: where progress is shown.
+        with_base: also asks the base, and gives every difference to it.
+
+    Raises:
+        PipelineError: a run did not finish, was trained on another base, or there is nothing to ask.
+    """
+    quiet_libraries()
+    for run in runs:
+        _require_finished(run)
+    questions = _questions(experiment)
+    ground = prepare_ground(experiment, console.print)
+    for run in runs:
+        _require_same_base(run, ground)
+    asked = _asked(experiment, ground.tokenizer, questions)
+    model = load_base(ground.files, experiment.model, ground.placement)
+    base = Policy(ground.base_sha256, partial(_as_it_is, model))
+    names = _names(runs)
+    candidates = [Candidate(BASE, base)] if with_base else []
+    candidates += [_candidate(name, run, model, base, root) for name, run in zip(names, runs, strict=True)]
+    with _progress(console) as ticking:
+        comparison = compare(
+            candidates,
+            ground.tokenizer,
+            asked,
+            base=BASE if with_base else None,
+            seed=experiment.seed,
+            progress=ticking,
+        )
+    if isinstance(runs[-1], Run):
+        write_comparison(runs[-1].path / "compare.json", comparison)
+        samples = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in comparison.as_dict()["samples"])
+        write_atomically(runs[-1].path / "samples.jsonl", "".join(samples))
+    return comparison
+
+
+def experiment_of(run: Run | Path) -> Experiment:
+    """The resolved experiment that a run keeps.
+
+    Raises:
+        PipelineError: a foreign adapter keeps none, or the file is damaged.
+    """
+    if isinstance(run, Path):
+        raise PipelineError(
+            f"{run} is an adapter folder, which names no held-out questions",
+            code="no-experiment",
+            file=run,
+            mend="name a run first, or give an experiment with --experiment",
+        )
+    return load_experiment(run.path / "experiment.yaml").experiment
+
+
+def _require_finished(run: Run | Path) -> None:
+    if isinstance(run, Run) and run.status != "finished":
+        raise PipelineError(
+            f"{run.name} is {run.status}, so there is no trained adapter to compare",
+            code="no-finished-run",
+            file=run.path,
+            mend="name finished runs",
+        )
+
+
+def _require_same_base(run: Run | Path, ground: Ground) -> None:
+    if isinstance(run, Run) and run.manifest["base"]["sha256"] != ground.base_sha256:
+        raise PipelineError(
+            f"{run.name} was trained on other base weights ({run.manifest['base']['id']}) than {ground.files.id}",
+            code="other-base",
+            file=run.path,
+            mend="compare runs of one base",
+        )
+
+
+def _questions(experiment: Experiment) -> list[Question]:
+    evaluation = experiment.evaluation
+    if evaluation.prompts is None:
+        raise PipelineError(
+            "the experiment names no held-out prompts to compare on",
+            code="missing-key",
+            pointer="/evaluation/prompts",
+            mend="add `evaluation: {prompts: FILE}`, a file of demonstration rows that training does not see",
+        )
+    rows = load_rows(Path(evaluation.prompts), "demonstration").rows[: evaluation.max_prompts]
+    return [question for row in rows if (question := question_of(row)) is not None]
+
+
+def _asked(experiment: Experiment, tokenizer: Any, questions: list[Question]) -> Asked:
+    evaluation, preferences = experiment.evaluation, experiment.data.preferences
+    held_out = preferences.eval if preferences is not None else None
+    pairs = load_rows(Path(held_out), "preference").rows if held_out is not None else []
+    return Asked(
+        questions=questions,
+        checks=checks_of(evaluation),
+        completions=[completion_of(tokenizer, one, experiment.sft.max_length) for one in questions],
+        pairs=[tokenize_pair(tokenizer, pair, experiment.dpo.max_length) for pair in pairs],
+        max_new_tokens=evaluation.max_new_tokens,
+        batch_size=evaluation.batch_size,
+    )
+
+
+def _names(runs: Sequence[Run | Path]) -> list[str]:
+    """`sft` and `dpo` where that tells the runs apart, else their names."""
+    stages = [run.stage if isinstance(run, Run) else run.name for run in runs]
+    names = stages if len(set(stages)) == len(stages) else [str(r) if isinstance(r, Path) else r.name for r in runs]
+    if BASE in names or len(set(names)) != len(names):
+        raise PipelineError(
+            f"one run is named twice, or one is called `{BASE}`: {', '.join(names)}",
+            code="conflict",
+            mend="name each run once",
+        )
+    return names
+
+
+def _candidate(name: str, run: Run | Path, model: Any, base: Policy, root: Path) -> Candidate:
+    if isinstance(run, Path):
+        return Candidate(name, _policy(model, run))
+    own = experiment_of(run)
+    if run.stage == "sft":
+        return Candidate(name, _policy(model, run.adapter), base, own.dpo.beta)
+    parent = find_run(root, str(run.manifest["parent"]))
+    start = parent.adapter if isinstance(parent, Run) else parent
+    return Candidate(name, _policy(model, run.adapter), _policy(model, start), own.dpo.beta)
+
+
+def _policy(model: Any, folder: Path) -> Policy:
+    return Policy(str(require_adapter(folder).resolve()), partial(attached, model, folder))
+
+
+@contextmanager
+def _as_it_is(model: Any) -> Iterator[Any]:
+    yield model
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    """A bar with time left on a terminal; one line for each piece of work elsewhere."""
+    if not console.is_terminal:
+
+        def line(name: str, what: str, done: int, total: int) -> None:
+            if done == total:
+                console.print(f"compare: {name}: {done} {what}", highlight=False)
+
+        yield line
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def move(name: str, what: str, done: int, total: int) -> None:
+            key = (name, what)
+            if key not in tasks:
+                tasks[key] = bar.add_task(f"{name}: {what}", total=total)
+            bar.update(tasks[key], completed=done)
+
+        yield move

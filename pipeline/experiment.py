@@ -1,0 +1,339 @@
+"""The experiment definition: one YAML file that binds model, tokenizer, data, scope, rhythm and evaluation.
+
+These models are the single source: `schemas/experiment.schema.json` is generated from them (see
+`experiment_schema`), and every key that has a counterpart in PEFT, TRL or Transformers carries its name and
+meaning. Reading a file into them, with places and suggestions for what is wrong, is `experiment_file`'s.
+
+Types are exact: a whole number is fine where a number is wanted, nothing else is converted.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+# fmt: off
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]
+# fmt: on
+"""The losses of TRL's DPOTrainer."""
+_LABEL_SMOOTHING = {"exo_pair", "robust", "aot", "aot_unpaired"}
+"""TRL's other losses ignore `label_smoothing` without a word."""
+_F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+"""The losses on the difference of rewards, where the normaliser of another divergence than KL cancels."""
+
+
+def _refuse(cause: str, mend: str, *at: str, code: str = "conflict") -> PydanticCustomError:
+    """An error of ours: `at` leads from the model that raises it to the key at fault."""
+    return PydanticCustomError(code, "{cause}", {"cause": cause, "mend": mend, "at": at})
+
+
+def _steps_or_unset(max_steps: int) -> int:
+    if max_steps == 0 or max_steps < -1:
+        raise _refuse(
+            f"`max_steps` is a positive number of steps, or -1 for whole epochs; got {max_steps}",
+            "give the number of steps, or remove the line to train for `num_train_epochs`",
+            code="out-of-range",
+        )
+    return max_steps
+
+
+def _regex(pattern: str) -> str:
+    try:
+        with warnings.catch_warnings():  # a pattern's style is its author's
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except re.error as error:
+        at = "" if error.pos is None else f" at character {error.pos + 1} of {len(pattern)}"
+        cause = f"not a regular expression: {error.msg}{at}: {pattern}"
+    except (OverflowError, RecursionError):
+        cause = f"not a usable regular expression, a repeat or its nesting is too large: {pattern}"
+    else:
+        return pattern
+    mend = "write it as Python's `re` reads it, in single quotes, where YAML leaves backslashes alone"
+    raise _refuse(cause, mend, code="bad-regex")
+
+
+Regex = Annotated[str, AfterValidator(_regex)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(_Section):
+    """The base model and how it is loaded."""
+
+    id: Text = "builtin:smollm2-135m"
+    """A hub id, a local folder, a `.gguf` file or `builtin:smollm2-135m`; paths are relative to this file."""
+    revision: Text | None = None
+    """The commit, tag or branch of a hub id. A run records the commit that it resolves to."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights; `auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4` loads the base in 4 bits with bitsandbytes (QLoRA)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto`: CUDA, else MPS, else the CPU."""
+    attn_implementation: Text | None = None
+    """As in Transformers (`sdpa`, `eager`, `flash_attention_2`, …); null: its own choice."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with a hub model. Recorded in the run."""
+
+
+class Tokenizer(_Section):
+    """The tokenizer is the model's own."""
+
+    chat_template: Text | None = None
+    """A Jinja file to use in place of the model's own chat template; null: the model's own."""
+
+
+class Split(_Section):
+    """Data files of one kind."""
+
+    train: Text
+    """The file that is trained on, relative to this file."""
+    eval: Text | None = None
+    """Held-out rows of the same kind."""
+
+
+class Data(_Section):
+    """Every row is proven against its JSON Schema before a model is loaded."""
+
+    demonstrations: Split | None = None
+    """SFT rows: `messages`, or `prompt` and `completion`."""
+    preferences: Split | None = None
+    """DPO rows: `prompt`, `chosen` and `rejected`."""
+
+
+class Lora(_Section):
+    """The adapter; names and meaning are PEFT's `LoraConfig`."""
+
+    r: PositiveInt = 8
+    lora_alpha: PositiveInt = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Text = True
+    target_modules: Literal["qv", "qkvo", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """`qv`, `qkvo`, `all-linear` (every linear layer but the head), or a list of module names."""
+    layers: Literal["all", "last-half"] | Annotated[list[NonNegativeInt], Field(min_length=1)] = "all"
+    """Which blocks carry the adapter."""
+
+
+class Unfreeze(_Section):
+    """Weights of the base that are opened beside the adapter, at a learning rate of their own."""
+
+    last_blocks: NonNegativeInt = 0
+    """How many of the last transformer blocks are trained whole."""
+    final_norm: bool = False
+    lm_head: bool = False
+    """Opening a tied head unties it."""
+    learning_rate: PositiveFloat = 5.0e-6
+
+    @property
+    def opens(self) -> bool:
+        """Whether anything is opened at all."""
+        return bool(self.last_blocks or self.final_norm or self.lm_head)
+
+
+class Scope(_Section):
+    """What is trainable."""
+
+    lora: Lora = Lora()
+    unfreeze: Unfreeze = Unfreeze()
+    """For both stages; a stage's own `unfreeze` replaces it."""
+
+
+class _Stage(_Section):
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: Annotated[int, Field(ge=-1), AfterValidator(_steps_or_unset)] = -1
+    """If positive, the number of optimizer steps; overrides `num_train_epochs`."""
+    learning_rate: PositiveFloat = 2.0e-4
+    """Peak learning rate of the adapter."""
+    per_device_train_batch_size: PositiveInt = 8
+    per_device_eval_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    max_length: PositiveInt = 1024
+    """Tokens; a longer row is cut at its end."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: NonNegativeFloat = 0.0
+    """A number of steps, or below 1 a share of all steps."""
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this norm; 0: not clipped."""
+    logging_steps: PositiveInt = 1
+    eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    eval_steps: PositiveInt | None = None
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    save_steps: PositiveInt | None = None
+    save_total_limit: PositiveInt | None = 2
+    unfreeze: Unfreeze | None = None
+    """Replaces `scope.unfreeze` for this stage."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Any other field of TRL's configuration, handed through; checked before anything is loaded."""
+
+    @model_validator(mode="after")
+    def _intervals(self) -> Self:
+        for what in ("eval", "save"):
+            strategy, steps = f"{what}_strategy", f"{what}_steps"
+            if getattr(self, strategy) == "steps" and getattr(self, steps) is None:
+                raise _refuse(f"`{strategy}: steps` needs `{steps}`", f"add `{steps}: 100`", strategy)
+            if getattr(self, steps) is not None and strategy not in self.model_fields_set:
+                raise _refuse(f"`{steps}` has no effect without `{strategy}: steps`", f"add `{strategy}: steps`", steps)
+        return self
+
+
+class Sft(_Stage):
+    """Phase one: supervised fine-tuning with TRL's SFTTrainer."""
+
+
+class Dpo(_Stage):
+    """Phase two: direct preference optimisation with TRL's DPOTrainer on the SFT adapter."""
+
+    beta: PositiveFloat = 0.1
+    """How far the policy may move from the reference (Rafailov et al. 2023, equation 7)."""
+    loss_type: LossType | Annotated[list[LossType], Field(min_length=1)] = "sigmoid"
+    """One of TRL's losses, or a list of them to be summed."""
+    loss_weights: list[FiniteFloat] | None = None
+    """One weight for each loss in `loss_type`; null: 1 for each."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The probability that a preference label is flipped."""
+    learning_rate: PositiveFloat = 5.0e-5
+    """Peak learning rate of the adapter."""
+
+    @model_validator(mode="after")
+    def _losses(self) -> Self:
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        divergence = self.options.get("f_divergence_type", "reverse_kl")
+        if self.loss_weights is not None and len(self.loss_weights) != len(losses):
+            raise _refuse(
+                f"`loss_weights` has {len(self.loss_weights)} numbers for {len(losses)} in `loss_type`",
+                "give one weight for each loss, or remove `loss_weights`",
+                "loss_weights",
+            )
+        if "exo_pair" in losses and self.label_smoothing == 0:
+            raise _refuse(
+                "the loss `exo_pair` takes the logarithm of `label_smoothing`, which is 0",
+                "set `label_smoothing: 0.001`",
+                "label_smoothing" if "label_smoothing" in self.model_fields_set else "loss_type",
+            )
+        if self.label_smoothing > 0 and not _LABEL_SMOOTHING.intersection(losses):
+            raise _refuse(
+                f"`label_smoothing` has no effect with `loss_type: {', '.join(losses)}`",
+                "use `loss_type: robust`, or remove `label_smoothing`",
+                "label_smoothing",
+            )
+        if divergence != "reverse_kl" and not _F_DIVERGENCE.issuperset(losses):
+            raise _refuse(
+                f"`f_divergence_type: {divergence}` is not defined for `loss_type: {', '.join(losses)}`",
+                "remove it, or use the loss `sigmoid`",
+                "options",
+                "f_divergence_type",
+            )
+        if self.options.get("use_weighting") and {"aot", "aot_unpaired"}.intersection(losses):
+            raise _refuse(
+                "`use_weighting` weighs pairs, which the losses `aot` and `aot_unpaired` take apart",
+                "remove it, or use the loss `sigmoid`",
+                "options",
+                "use_weighting",
+            )
+        return self
+
+
+class Check(_Section):
+    """A regular expression (Python's `re`, searched) that an answer must or must not match."""
+
+    must_match: Regex | None = None
+    must_not_match: Regex | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.must_match is None) == (self.must_not_match is None):
+            given = "neither" if self.must_match is None else "both"
+            raise _refuse(
+                f"a check gives exactly one of `must_match` and `must_not_match`; this one gives {given}",
+                "write a pattern under one of the two",
+            )
+        return self
+
+
+class Evaluation(_Section):
+    """What `compare` asks of the base and of each run."""
+
+    prompts: Text | None = None
+    """Held-out demonstration rows: the prompt is asked, the last assistant turn is the reference answer."""
+    max_prompts: PositiveInt | None = None
+    """Asks the first so many only; null: all."""
+    max_new_tokens: PositiveInt = 128
+    batch_size: PositiveInt = 25
+    output_schema: Text | None = None
+    """A JSON Schema file that an answer, read as JSON, must conform to."""
+    match: list[Text] = Field(default_factory=list)
+    """Fields of the JSON answer that must equal the reference's."""
+    checks: dict[Name, Check] = Field(default_factory=dict)
+
+
+class Wandb(_Section):
+    """Weights & Biases mirrors a run's metrics; `metrics.jsonl` is the truth."""
+
+    project: str | None = None
+    """Null: the experiment's name."""
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online where a key is set, offline elsewhere."""
+
+
+class Tracking(_Section):
+    """Where metrics go beside the run folder."""
+
+    wandb: Wandb = Wandb()
+
+
+class Experiment(_Section):
+    """One experiment: both phases and their evaluation."""
+
+    name: Name
+    """Names the folder under `checkpoints/`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
+    model: Model = Model()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    scope: Scope = Scope()
+    sft: Sft = Sft()
+    dpo: Dpo = Dpo()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _evaluated(self) -> Self:
+        """A stage with no held-out rows is not evaluated; asking for it is an error."""
+        for stage, kind in (("sft", "demonstrations"), ("dpo", "preferences")):
+            settings: _Stage = getattr(self, stage)
+            split: Split | None = getattr(self.data, kind)
+            if settings.eval_strategy == "no" or (split is not None and split.eval is not None):
+                continue
+            if "eval_strategy" in settings.model_fields_set:
+                raise _refuse(
+                    f"`{stage}.eval_strategy: {settings.eval_strategy}` needs rows to evaluate on",
+                    f'name a file in `data.{kind}.eval`, or set `eval_strategy: "no"`',
+                    stage,
+                    "eval_strategy",
+                )
+            self.__dict__[stage] = settings.model_copy(update={"eval_strategy": "no"})  # frozen for others
+        return self

@@ -1,0 +1,1 @@
+"""The base model, its tokenizer, where it runs, and what of it is trainable."""

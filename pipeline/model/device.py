@@ -1,0 +1,65 @@
+"""Which device and precision a run uses, and how that is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the model lives and in which precision its base weights are held."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        """Whether half-precision base weights train under autocast, with float32 trainable weights."""
+        return self.dtype != torch.float32
+
+    def describe(self) -> str:
+        """One line for a person: `CPU (2 threads), float32`."""
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            where = f"CUDA ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+        elif self.device.type == "mps":
+            where = "MPS (Apple GPU)"
+        else:
+            where = f"CPU ({torch.get_num_threads()} threads)"
+        return f"{where}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def place(device: str, dtype: str) -> Placement:
+    """The placement for `model.device` and `model.dtype`, each possibly `auto`.
+
+    `auto` takes CUDA, else MPS, else the CPU; bfloat16 where a GPU multiplies it natively, float32 elsewhere
+    (on a CPU bfloat16 puts visible noise into the loss, so it is a choice, not a default).
+
+    Raises:
+        PipelineError: the named device is not there, or the precision does not train on it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, there in available.items() if there) if device == "auto" else device
+    if not available[kind]:
+        raise PipelineError(
+            f"`model.device: {kind}` is asked for, but torch {torch.__version__} sees no such device",
+            code="no-such-device",
+            pointer="/model/device",
+            mend=f"use `model.device: auto`, or install a torch build that supports {kind.upper()}",
+        )
+    chosen = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    if dtype == "auto":
+        native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return Placement(chosen, torch.bfloat16 if native else torch.float32)
+    if dtype == "float16" and kind != "cuda":
+        raise PipelineError(
+            f"float16 does not train on {kind.upper()}: it needs loss scaling, which only CUDA has",
+            code="unsupported-dtype",
+            pointer="/model/dtype",
+            mend="use `model.dtype: auto`, `float32` or `bfloat16`",
+        )
+    return Placement(chosen, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])

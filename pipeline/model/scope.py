@@ -1,0 +1,227 @@
+"""The trainable scope: the LoRA configuration, the opened weights, and the account of what trains.
+
+PEFT ignores an entry of `target_modules` that matches nothing as long as another one matches, and takes
+`modules_to_save: [norm]` for every `*_layernorm`. Here every entry is matched against the model first, and opened
+modules are given by their full names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import PipelineError
+from pipeline.experiment import Lora, Unfreeze
+from pipeline.model.anatomy import Anatomy, anatomy_of, linear_layers
+
+_ATTENTION = {"qv": ("q_proj", "v_proj"), "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj")}
+REFERENCE = "ref"
+"""The name that TRL's DPOTrainer gives the frozen copy of the policy's adapter."""
+
+
+def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze) -> list[str]:
+    """Full names of the modules that `unfreeze` opens, for PEFT's `modules_to_save`.
+
+    Raises:
+        PipelineError: the model has no such module, or not so many blocks.
+    """
+    if unfreeze.last_blocks > len(anatomy.blocks):
+        raise PipelineError(
+            f"`last_blocks: {unfreeze.last_blocks}` opens more blocks than the model has ({len(anatomy.blocks)})",
+            code="out-of-range",
+            pointer="/scope/unfreeze/last_blocks",
+            mend=f"open at most {len(anatomy.blocks)}",
+        )
+    opened = list(anatomy.blocks[len(anatomy.blocks) - unfreeze.last_blocks :])
+    for wanted, name, key in (
+        (unfreeze.final_norm, anatomy.final_norm, "final_norm"),
+        (unfreeze.lm_head, anatomy.head, "lm_head"),
+    ):
+        if wanted and name is None:
+            raise PipelineError(
+                f"the model has no {key.replace('_', ' ')} to open",
+                code="no-such-module",
+                pointer=f"/scope/unfreeze/{key}",
+                mend=f"set `{key}: false`",
+            )
+        if wanted and name is not None:
+            opened.append(name)
+    return opened
+
+
+def lora_config(model: Any, lora: Lora, unfreeze: Unfreeze, revision: str | None = None) -> Any:
+    """PEFT's LoraConfig for this model: LoRA on the blocks that are not opened, opened modules saved whole.
+
+    Args:
+        model: the base, before any adapter.
+        lora: the adapter.
+        unfreeze: what is opened beside it.
+        revision: commit of a hub model, kept in the adapter's configuration.
+
+    Raises:
+        PipelineError: an entry of `target_modules` or `layers` matches nothing.
+    """
+    from peft import LoraConfig
+
+    anatomy = anatomy_of(model)
+    opened = opened_modules(anatomy, unfreeze)
+    layers = [index for index in _layers(anatomy, lora) if anatomy.blocks[index] not in opened]
+    if not layers:
+        raise PipelineError(
+            "every block with LoRA is opened whole as well, so the adapter has no layer left",
+            code="conflict",
+            pointer="/scope/lora/layers",
+            mend="open fewer blocks, or put LoRA on more layers",
+        )
+    targets = _targets(model, anatomy, lora, layers)
+    everywhere = len(layers) == len(anatomy.blocks)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        target_modules=targets,
+        layers_to_transform=None if everywhere else layers,
+        modules_to_save=opened or None,
+        revision=revision,
+    )
+
+
+def _layers(anatomy: Anatomy, lora: Lora) -> list[int]:
+    depth = len(anatomy.blocks)
+    if lora.layers == "all":
+        return list(range(depth))
+    if lora.layers == "last-half":
+        return list(range(depth // 2, depth))
+    outside = [index for index in lora.layers if index >= depth]
+    if outside:
+        raise PipelineError(
+            f"the model has blocks 0 to {depth - 1}, and `layers` names {outside[0]}",
+            code="out-of-range",
+            pointer="/scope/lora/layers",
+            mend=f"name blocks from 0 to {depth - 1}",
+        )
+    return sorted(set(lora.layers))
+
+
+def _targets(model: Any, anatomy: Anatomy, lora: Lora, layers: list[int]) -> list[str]:
+    # The blocks may differ (hybrid and MoE models), so names are gathered over all of them.
+    names = {name for index in layers for name in linear_layers(model, anatomy.blocks[index])}
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    if lora.target_modules == "all-linear":
+        return leaves
+    wanted = _ATTENTION[lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    for entry in wanted:
+        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+            near = difflib.get_close_matches(entry, leaves, n=3)
+            hint = f"did you mean {' or '.join(f'`{name}`' for name in near)}? " if near else ""
+            raise PipelineError(
+                f"no linear layer of the model is called `{entry}`",
+                code="no-such-module",
+                pointer="/scope/lora/target_modules",
+                mend=f"{hint}its blocks have {', '.join(leaves)}",
+            )
+    return sorted(set(wanted))
+
+
+def hold_in_float32(model: nn.Module, names: Iterable[str]) -> None:
+    """Casts modules to float32 in place, before PEFT copies them.
+
+    A step of 5e-6 is lost in bfloat16's eight bits of mantissa; PEFT raises LoRA weights to float32 by itself, but
+    not `modules_to_save`.
+    """
+    for name in names:
+        model.get_submodule(name).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What trains: the account that is printed before the first step and kept in the manifest."""
+
+    parameters: int
+    all_parameters: int
+    """Of the model as it is saved: without the reference, and an opened module counted once."""
+    groups: dict[str, int]
+    """Trainable parameters of the `adapter` and of what is `opened`."""
+    modules: dict[str, int]
+    """Trainable modules by kind, counted: `lora layers.*.self_attn.q_proj` -> 30."""
+    unties_head: bool
+    """Whether a head that was tied to the embeddings is opened, and so becomes a matrix of its own."""
+
+    @property
+    def percent(self) -> float:
+        """Share of all parameters, in percent."""
+        return 100 * self.parameters / self.all_parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `run.json`; the key names are those of `pipeline plan`."""
+        return {
+            "trainable_parameters": self.parameters,
+            "all_parameters": self.all_parameters,
+            "trainable_percent": round(self.percent, 4),
+            "groups": self.groups,
+            "modules": self.modules,
+        }
+
+
+def is_opened(name: str) -> bool:
+    """Whether a parameter of a PEFT model belongs to a module that was opened whole."""
+    return ".modules_to_save." in f".{name}"
+
+
+def trainable_of(model: Any) -> Trainable:
+    """The account of a PEFT model.
+
+    Raises:
+        PipelineError: nothing trains, or everything does although only an adapter was asked for.
+    """
+    groups: Counter[str] = Counter()
+    trained: set[str] = set()
+    total = 0
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE}." in name or ".original_module." in name:
+            continue
+        total += parameter.numel()
+        if parameter.requires_grad:
+            groups["opened" if is_opened(name) else "adapter"] += parameter.numel()
+            trained.add(_trained_module(name))
+    modules = Counter(re.sub(r"\.\d+\.", ".*.", f"{module}.").rstrip(".") for module in trained)
+    trainable = sum(groups.values())
+    if trainable == 0:
+        raise PipelineError(
+            "no parameter of the model is trainable (0 %)",
+            code="nothing-trainable",
+            pointer="/scope",
+            mend="check `scope.lora.target_modules` and `scope.lora.layers`",
+        )
+    if not groups["opened"] and trainable == total:
+        raise PipelineError(
+            "every parameter of the model is trainable (100 %), and the scope asks for a LoRA adapter only",
+            code="everything-trainable",
+            pointer="/scope",
+            mend="the base must be frozen: load it without an adapter that opens it",
+        )
+    unties_head = hasattr(model.get_output_embeddings(), "modules_to_save") and model.config.tie_word_embeddings
+    return Trainable(trainable, total, dict(groups), dict(sorted(modules.items())), unties_head)
+
+
+def _trained_module(name: str) -> str:
+    """`lora layers.3.self_attn.q_proj` or `opened layers.29` for the name of a trainable parameter."""
+    if is_opened(name):
+        return f"opened {_bare(name.split('.modules_to_save.')[0])}"
+    return f"lora {_bare(name.split('.lora_')[0])}"
+
+
+def _bare(module: str) -> str:
+    return re.sub(r"^(base_model|model|transformer|gpt_neox)\.", "", re.sub(r"^base_model\.model\.", "", module))

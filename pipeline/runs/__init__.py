@@ -1,0 +1,1 @@
+"""Run folders: what each run was made of, and what it left."""

@@ -1,0 +1,146 @@
+"""Weights & Biases, kept at arm's length: it mirrors `metrics.jsonl`, and never blocks or ends a run.
+
+Whatever goes wrong in it is said once, and the run goes on without it. The resolved experiment and the manifest
+are handed over; what W&B would gather by itself (environment, code, git remotes, console) stays here.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from pipeline.experiment import Wandb
+
+_INIT_TIMEOUT = 30.0
+"""Seconds that W&B may take to answer before the run is kept offline."""
+
+
+def choose_mode(mode: str) -> str:
+    """`online`, `offline` or `disabled`; `auto` is online where a key is set for the W&B host."""
+    if mode != "auto":
+        return mode
+    asked = os.environ.get("WANDB_MODE")
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    return "online" if _has_key() else "offline"
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Tracker:
+    """One W&B run beside one run folder; a tracker that failed to start, or is disabled, does nothing."""
+
+    def __init__(self, run: Any, say: Callable[[str], None]) -> None:
+        self._run = run
+        self._say = say
+
+    @property
+    def id(self) -> str | None:
+        """W&B's id of the run."""
+        return None if self._run is None else str(self._run.id)
+
+    def describe(self) -> dict[str, Any] | None:
+        """For the manifest."""
+        if self._run is None:
+            return None
+        mode = "offline" if self._run.settings.mode in ("offline", "dryrun") else "online"
+        return {"id": self.id, "mode": mode, "project": self._run.project, "group": self._run.group}
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """The metrics of one logged step, under the names they have in `metrics.jsonl`."""
+        self._guarded(lambda run: run.log(metrics, step=step))
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Hands over the manifest and ends the W&B run with its status."""
+
+        def end(run: Any) -> None:
+            run.config.update({"manifest": manifest}, allow_val_change=True)
+            run.finish(exit_code=0 if manifest["status"] == "finished" else 1)
+
+        self._guarded(end)
+        self._run = None
+
+    def _guarded(self, act: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            act(self._run)
+        except Exception as error:
+            self._say(f"W&B stopped ({type(error).__name__}); the run goes on, metrics.jsonl holds everything")
+            self._run = None
+
+
+def start_tracker(
+    settings: Wandb,
+    *,
+    experiment: str,
+    name: str,
+    stage: str,
+    folder: Path,
+    config: dict[str, Any],
+    say: Callable[[str], None],
+) -> Tracker:
+    """A tracker for a run.
+
+    Args:
+        settings: the experiment's `tracking.wandb`.
+        experiment: its name: the project where none is given, and the group that SFT and DPO share.
+        name: the run's name, `sft-001`.
+        stage: `sft` or `dpo`, W&B's job type.
+        folder: the run folder; W&B's files go to `wandb/` in it.
+        config: the resolved experiment and the manifest so far.
+        say: tells the user one line.
+    """
+    mode = choose_mode(settings.mode)
+    if mode == "disabled":
+        return Tracker(None, say)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+
+        def init(mode: str) -> Any:
+            return wandb.init(
+                project=settings.project or experiment,
+                entity=settings.entity,
+                group=experiment,
+                job_type=stage,
+                name=name,
+                dir=folder,
+                mode=mode,  # type: ignore[arg-type]
+                config=config,
+                save_code=False,
+                reinit="create_new",
+                settings=wandb.Settings(
+                    init_timeout=_INIT_TIMEOUT,
+                    console="off",
+                    silent=True,
+                    disable_code=True,
+                    disable_git=True,
+                    x_disable_meta=True,
+                    x_disable_machine_info=True,
+                ),
+            )
+
+        try:
+            run = init(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            say(f"W&B cannot be reached ({type(error).__name__}); the run is tracked offline")
+            run = init("offline")
+    except Exception as error:
+        say(f"W&B is left out ({type(error).__name__}: {error}); metrics.jsonl holds everything")
+        return Tracker(None, say)
+    return Tracker(run, say)

@@ -1,0 +1,51 @@
+"""From a stage of the experiment to TRL's configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.experiment import Dpo, Sft
+from pipeline.model.device import Placement
+
+_OWN = {"unfreeze", "options"}
+"""Keys of a stage that are ours; every other one is TRL's, by name and meaning."""
+
+
+def sft_config(stage: Sft, *, output: Path, seed: int, placement: Placement, evaluates: bool) -> Any:
+    """TRL's SFTConfig: tokenised rows come with their labels, so none of its masking options is used."""
+    from trl import SFTConfig
+
+    return SFTConfig(**_common(stage, output, seed, placement, evaluates))
+
+
+def dpo_config(stage: Dpo, *, output: Path, seed: int, placement: Placement, evaluates: bool) -> Any:
+    """TRL's DPOConfig."""
+    from trl import DPOConfig
+
+    return DPOConfig(**_common(stage, output, seed, placement, evaluates))
+
+
+def _common(stage: Sft | Dpo, output: Path, seed: int, placement: Placement, evaluates: bool) -> dict[str, Any]:
+    import torch
+
+    given = {key: value for key, value in stage.model_dump().items() if key not in _OWN and value is not None}
+    if not evaluates:
+        given["eval_strategy"] = "no"
+    return {
+        **given,
+        "output_dir": str(output),
+        "seed": seed,
+        "use_cpu": placement.device.type == "cpu",
+        # Half-precision base weights train under autocast: LoRA and opened weights stay in float32.
+        "bf16": placement.dtype == torch.bfloat16,
+        "fp16": placement.dtype == torch.float16,
+        "logging_strategy": "steps",
+        "logging_first_step": True,
+        # Trainer would log the last finite loss in place of NaN.
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": placement.device.type == "cuda",
+        **stage.options,
+    }

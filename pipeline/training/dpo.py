@@ -1,0 +1,269 @@
+"""Phase two: DPO with TRL's DPOTrainer, the SFT adapter both the policy's start and the frozen reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from trl import DPOTrainer
+
+from pipeline.data.check import load_rows
+from pipeline.data.masks import Counted
+from pipeline.data.rows import Preference
+from pipeline.errors import PipelineError
+from pipeline.evaluation.preference import pair_logps
+from pipeline.data.tokens import Pair, tokenize_pair
+from pipeline.experiment import Experiment
+from pipeline.model.adapter import adapter_sha256, attached, open_policy, require_adapter, save_adapter
+from pipeline.model.base import load_base, template_sha256
+from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
+from pipeline.model.scope import trainable_of
+from pipeline.runs.run import Run, find_run, newest_finished
+from pipeline.training.arguments import dpo_config
+from pipeline.training.engine.head import compact_head
+from pipeline.training.reference import (
+    PROOF_PAIRS,
+    check_drift,
+    check_start,
+    reference_hash,
+    score,
+    tolerance_for,
+)
+from pipeline.training.stage import (
+    Outcome,
+    begin,
+    data_entry,
+    dry_run_of,
+    longest,
+    manifest_of,
+    require_options,
+    say_counts,
+    say_dry_run,
+    say_trainable,
+    split_files,
+    split_learning_rates,
+    train,
+)
+
+
+class _Trainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer on pairs that come tokenised, with a learning rate of their own for opened weights."""
+
+    opened_learning_rate: float
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        # `data.tokens` made the same columns from the proven rows, and counted what was cut or left out.
+        return dataset
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The adapter that DPO starts from."""
+
+    name: str
+    """`<experiment>/sft-001`, or the folder of a foreign adapter."""
+    folder: Path
+    sha256: str
+
+
+def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[Start, Run | None]:
+    """The adapter that `--from` names, or that of the newest finished SFT run.
+
+    Raises:
+        PipelineError: there is none, its run did not finish, or it changed since its run.
+    """
+    found = newest_finished(root, experiment.name, "sft") if start is None else find_run(root, start)
+    if isinstance(found, Path):
+        return Start(str(found), found, adapter_sha256(require_adapter(found))), None
+    if found.status != "finished":
+        raise PipelineError(
+            f"{found.name} is {found.status}, so it left no adapter to start from",
+            code="no-finished-run",
+            file=found.path,
+            mend="name a finished run",
+        )
+    sha256 = adapter_sha256(require_adapter(found.adapter))
+    if sha256 != found.manifest["adapter"]["sha256"]:
+        raise PipelineError(
+            f"the adapter of {found.name} is not the one that its run wrote: its SHA-256 differs from run.json",
+            code="adapter-changed",
+            file=found.adapter,
+            mend="train SFT again; or name the folder `adapter` itself with --from to take it as it is",
+        )
+    return Start(found.name, found.adapter, sha256), found
+
+
+def tokenize_preferences(tokenizer: Any, rows: list[Preference], max_length: int) -> tuple[list[Pair], Counted]:
+    """The rows as TRL's DPOTrainer tokenises them, cut at `max_length`, and what became of them.
+
+    A pair is left out where the prompt alone fills `max_length`: nothing of its completions would be in the loss.
+    """
+    counted, pairs = Counted(), []
+    for row in rows:
+        prompt, chosen, rejected = tokenize_pair(tokenizer, row)
+        room = max(max_length - len(prompt), 0)
+        pair = Pair(prompt[:max_length], chosen[:room], rejected[:room])
+        in_loss = len(pair.chosen_ids) + len(pair.rejected_ids)
+        if counted.add(
+            length=2 * len(pair.prompt_ids) + in_loss,
+            in_loss=in_loss,
+            truncated=max(len(chosen), len(rejected)) > room,
+        ):
+            pairs.append(pair)
+    return pairs, counted
+
+
+def run_dpo(
+    experiment: Experiment, root: Path, console: Console, *, start: str | None = None, dry_run: bool = False
+) -> Outcome:
+    """Trains DPO on an SFT adapter and leaves a run folder with the proof that the reference did not move.
+
+    Args:
+        experiment: with absolute paths.
+        root: where runs live.
+        console: where the user is told what goes on.
+        start: a run or an adapter folder; None: the newest finished SFT run of the experiment.
+        dry_run: trains a few steps on the longest pairs, and leaves nothing.
+
+    Raises:
+        PipelineError: data, start, model or machine are not fit, step 0 does not read ln 2 and margin 0, or the
+            reference moved; a run that was begun says `failed` or `interrupted`.
+    """
+    stage = experiment.dpo
+    split = experiment.data.preferences
+    if split is None:
+        raise PipelineError(
+            "the experiment names no preferences to train on",
+            code="missing-key",
+            pointer="/data/preferences",
+            mend="add `data: {preferences: {train: FILE}}`",
+        )
+    require_options("dpo", stage.options)
+    origin, sft_run = find_start(experiment, root, start)
+    console.print(f"start and reference: {origin.name}")
+    checked = {use: load_rows(Path(path), "preference") for use, path in split_files(split).items()}
+    quiet_libraries()
+    ground = prepare_ground(experiment, console.print)
+    if sft_run is not None:
+        _require_same_ground(sft_run, ground)
+    pairs, data = {}, []
+    for use, rows in checked.items():
+        pairs[use], counted = tokenize_preferences(ground.tokenizer, rows.rows, stage.max_length)
+        say_counts(console.print, use, rows.report.file, counted, stage.max_length)
+        data.append(data_entry(rows.report, use, counted))
+    proof_pairs = pairs["train"][:PROOF_PAIRS]
+    datasets = {use: Dataset.from_list([pair._asdict() for pair in some]) for use, some in pairs.items()}
+    if dry_run:
+        stage = dry_run_of(stage)
+        datasets = {"train": longest(datasets["train"], stage, _pair_length)}
+
+    base = load_base(ground.files, experiment.model, ground.placement)
+    unfreeze = stage.unfreeze or experiment.scope.unfreeze
+    with attached(base, origin.folder) as sft_model:
+        reopened = torch.stack(pair_logps(sft_model, proof_pairs), dim=1)
+    policy = open_policy(base, origin.folder, unfreeze)
+    named = reference_hash(ground.base_sha256, origin.sha256, template_sha256(ground.tokenizer))
+    manifest = manifest_of(
+        experiment,
+        ground,
+        data,
+        parent=origin.name,
+        reference={"hash": named, "adapter_sha256": origin.sha256},
+    )
+    tolerance = tolerance_for(ground.placement.dtype)
+    with (
+        begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
+        compact_head(),
+    ):
+        trainable = trainable_of(policy)
+        say_trainable(console, trainable, stage.learning_rate, unfreeze)
+        run.update(trainable=trainable.as_dict())
+        trainer = _Trainer(
+            model=policy,
+            args=dpo_config(
+                stage,
+                output=run.path / "state",
+                seed=experiment.seed,
+                placement=ground.placement,
+                evaluates="eval" in datasets,
+            ),
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            processing_class=ground.tokenizer,
+        )
+        trainer.opened_learning_rate = unfreeze.learning_rate
+        size = stage.per_device_train_batch_size
+        batches = [
+            trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])
+            for at in range(0, len(proof_pairs), size)
+        ]
+        before = score(trainer, batches)
+        check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
+        console.print(
+            f"step 0: loss {before.loss:.6f}, margin {before.metrics['rewards/margins']:.6f}; the reference is the "
+            f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
+            highlight=False,
+        )
+        metrics = train(trainer, run, tracker, console, unfreeze)
+        drift = check_drift(before.reference, score(trainer, batches).reference, tolerance)
+        console.print(f"reference: drift {drift:g} nats over {len(proof_pairs)} pairs", highlight=False)
+        reference = {
+            **manifest["reference"],
+            "drift": drift,
+            "pairs": len(proof_pairs),
+            "start_loss": before.loss,
+        }
+        if dry_run:
+            found = say_dry_run(console, metrics, ground.placement)
+            return Outcome(None, "finished", metrics, trainable, {"reference": reference, **found})
+        save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        run.end("finished", adapter={"sha256": adapter_sha256(run.adapter)}, reference=reference)
+        return Outcome(run.path, run.status, metrics, trainable, {"reference": reference})
+
+
+def _pair_length(row: dict[str, Any]) -> int:
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def _is_plain_sigmoid(trainer: DPOTrainer) -> bool:
+    """Whether the loss at margin 0 is ln 2: nothing is added to the sigmoid loss, and nothing weighs it."""
+    plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
+    return plain and not trainer.aux_loss_enabled and not trainer.use_weighting
+
+
+def _require_same_ground(sft_run: Run, ground: Ground) -> None:
+    """The SFT run's base and chat template must be those of this stage: they are part of the reference.
+
+    Raises:
+        PipelineError: they differ.
+    """
+    for what, then, this, mend in (
+        (
+            "base weights",
+            sft_run.manifest["base"]["sha256"],
+            ground.base_sha256,
+            "use the base of the SFT run",
+        ),
+        (
+            "chat template",
+            sft_run.manifest["tokenizer"]["template_sha256"],
+            template_sha256(ground.tokenizer),
+            "use the chat template of the SFT run",
+        ),
+    ):
+        if then != this:
+            raise PipelineError(
+                f"the {what} differ from those that {sft_run.name} was trained on",
+                code="other-base",
+                file=sft_run.path,
+                pointer="/model",
+                mend=f"{mend}, or train SFT again",
+            )

@@ -1,0 +1,1 @@
+"""What makes TRL's trainers faster without changing what they compute."""

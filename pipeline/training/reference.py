@@ -1,0 +1,144 @@
+"""The reference: what it is, that the policy starts from it, and that it does not move.
+
+The check at step 0 alone proves nothing: with blocks shared between policy and reference it reads ln 2 as well, and
+the reference then moves with the policy. So the reference is scored three times: reopened from the disk before
+training, inside the trainer before the first step, and inside the trainer after the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.errors import ExitCode, PipelineError
+
+PROOF_PAIRS = 8
+"""How many of the first training pairs are scored."""
+
+_SIGMOID_AT_ZERO = math.log(2)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far equal weights may read apart, in nats of a whole completion."""
+
+    start: float
+    """Between the SFT adapter reopened from the disk and the reference in the trainer: another order of sums, and
+    the rounding of the fold."""
+    drift: float
+    """Between the reference before and after, on the same batches: the same sums in the same order."""
+
+
+def tolerance_for(dtype: torch.dtype) -> Tolerance:
+    """float32: 0.02 nats at the start and exactly none of drift; half precision: 1 nat and 0.01."""
+    return Tolerance(0.02, 0.0) if dtype == torch.float32 else Tolerance(1.0, 0.01)
+
+
+def reference_hash(base_sha256: str, adapter_sha256: str, template_sha256: str | None) -> str:
+    """Names the reference: base weights, SFT adapter and chat template together decide every log-probability."""
+    return hashlib.sha256(f"{base_sha256}\n{adapter_sha256}\n{template_sha256}\n".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a DPOTrainer makes of the proof's pairs."""
+
+    reference: torch.Tensor
+    """Log-probabilities under the reference, `[N, 2]` float32 nats: chosen, rejected."""
+    metrics: dict[str, float]
+    """The trainer's own metrics (`rewards/chosen`, `rewards/margins`, …), mean over batches."""
+    loss: float
+    """The trainer's own loss, mean over batches."""
+
+
+def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
+    """The reference of a DPOTrainer on `batches`, and the trainer's loss and metrics there, without gradients.
+
+    Args:
+        trainer: a TRL DPOTrainer.
+        batches: what its collator made.
+    """
+    was_training, ld_alpha = trainer.model.training, trainer.ld_alpha
+    trainer.model.eval()
+    # LD-DPO weighs the tokens of a log-probability; the proof is about the plain sums.
+    trainer.ld_alpha = None
+    references, losses = [], []
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = trainer._prepare_inputs(dict(batch))
+                references.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, inputs), dim=1))
+                with trainer.compute_loss_context_manager():
+                    losses.append(float(trainer.compute_loss(trainer.model, inputs)))
+        logged = trainer._metrics["eval"]
+        metrics = {key: sum(values) / len(values) for key, values in logged.items()}
+    finally:
+        # The trainer would log these with its next evaluation, and these batches are not part of any.
+        trainer._metrics["eval"].clear()
+        trainer.ld_alpha = ld_alpha
+        trainer.model.train(was_training)
+    return Scores(torch.cat(references).float().cpu(), metrics, sum(losses) / len(losses))
+
+
+def check_start(
+    scores: Scores, reopened: torch.Tensor, tolerance: Tolerance, *, beta: float, plain_sigmoid: bool
+) -> None:
+    """Step 0: the reference is the SFT adapter, the policy equals it, the margin is 0, the loss ln 2.
+
+    A margin or reward may be off by `beta` times the tolerance, a loss (slope 1/2 at margin 0) by no more.
+
+    Args:
+        scores: of the trainer before its first step.
+        reopened: `[N, 2]` nats of the SFT adapter, opened from the disk apart from the trainer, on the same pairs.
+        tolerance: by precision.
+        beta: DPO's beta.
+        plain_sigmoid: whether the loss is the plain sigmoid one, which reads ln 2 at margin 0.
+
+    Raises:
+        PipelineError: says which of these is off, and by how much.
+    """
+    apart = float((scores.reference - reopened).abs().max())
+    if not apart <= tolerance.start:
+        raise _broken(
+            f"the reference in the trainer is not the SFT adapter: {apart:.4g} nats apart on a completion",
+            "the base or the adapter on the disk is not what the SFT run trained; train SFT again, or name it with "
+            "--from",
+        )
+    allowed = beta * tolerance.start
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        value = scores.metrics[name]
+        if not abs(value) <= allowed:
+            raise _broken(
+                f"the policy does not start at the reference: {name} reads {value:.4g} at step 0 and not 0",
+                "another adapter or dropout is active in one of them; check `dpo.options`",
+            )
+    if plain_sigmoid and not abs(scores.loss - _SIGMOID_AT_ZERO) <= allowed:
+        raise _broken(
+            f"the loss at step 0 reads {scores.loss:.6f} and not ln 2 = {_SIGMOID_AT_ZERO:.6f}",
+            "check `dpo.options` for what changes the loss",
+        )
+
+
+def check_drift(before: torch.Tensor, after: torch.Tensor, tolerance: Tolerance) -> float:
+    """The largest difference, in nats, between the reference before and after training.
+
+    Raises:
+        PipelineError: it is more than the tolerance: the reference moved, and every logged margin is wrong.
+    """
+    drift = float((after - before).abs().max())
+    if not drift <= tolerance.drift:
+        raise _broken(
+            f"reference moved: {drift:.4g} nats between the first step and the last, so every logged margin is wrong",
+            "trained weights are shared with the reference; open weights by `dpo.unfreeze` only",
+            code="reference-moved",
+        )
+    return drift
+
+
+def _broken(message: str, mend: str, code: str = "wrong-start") -> PipelineError:
+    return PipelineError(message, code=code, pointer="/dpo", mend=mend, exit_code=ExitCode.WRONG)

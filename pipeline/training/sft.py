@@ -1,0 +1,116 @@
+"""Phase one: supervised fine-tuning of a LoRA adapter with TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from trl import SFTTrainer
+
+from pipeline.data.check import load_rows
+from pipeline.data.masks import label_demonstrations
+from pipeline.errors import PipelineError
+from pipeline.experiment import Experiment
+from pipeline.model.adapter import adapter_sha256, save_adapter
+from pipeline.model.base import load_base
+from pipeline.model.ground import prepare_ground, quiet_libraries
+from pipeline.model.scope import hold_in_float32, lora_config, trainable_of
+from pipeline.training.arguments import sft_config
+from pipeline.training.engine.head import compact_head
+from pipeline.training.stage import (
+    Outcome,
+    begin,
+    data_entry,
+    dry_run_of,
+    longest,
+    manifest_of,
+    require_options,
+    say_counts,
+    say_dry_run,
+    say_trainable,
+    split_files,
+    split_learning_rates,
+    train,
+)
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer with a learning rate of their own for opened weights."""
+
+    opened_learning_rate: float
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
+
+
+def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bool = False) -> Outcome:
+    """Trains the SFT adapter of an experiment and leaves a run folder.
+
+    Args:
+        experiment: with absolute paths.
+        root: where runs live.
+        console: where the user is told what goes on.
+        dry_run: trains a few steps on the longest rows, and leaves nothing.
+
+    Raises:
+        PipelineError: data, model or machine are not fit; a run that was begun says `failed` or `interrupted`.
+    """
+    stage = experiment.sft
+    split = experiment.data.demonstrations
+    if split is None:
+        raise PipelineError(
+            "the experiment names no demonstrations to train on",
+            code="missing-key",
+            pointer="/data/demonstrations",
+            mend="add `data: {demonstrations: {train: FILE}}`",
+        )
+    require_options("sft", stage.options)
+    checked = {use: load_rows(Path(path), "demonstration") for use, path in split_files(split).items()}
+    quiet_libraries()
+    ground = prepare_ground(experiment, console.print)
+    datasets, data = {}, []
+    for use, rows in checked.items():
+        labelled, counted = label_demonstrations(ground.tokenizer, rows.rows, stage.max_length)
+        say_counts(console.print, use, rows.report.file, counted, stage.max_length)
+        datasets[use] = Dataset.from_list(labelled)
+        data.append(data_entry(rows.report, use, counted))
+    if dry_run:
+        stage = dry_run_of(stage)
+        datasets = {"train": longest(datasets["train"], stage, lambda row: len(row["input_ids"]))}
+
+    base = load_base(ground.files, experiment.model, ground.placement)
+    unfreeze = stage.unfreeze or experiment.scope.unfreeze
+    adapter_config = lora_config(base, experiment.scope.lora, unfreeze, ground.files.revision)
+    hold_in_float32(base, adapter_config.modules_to_save or [])
+    manifest = manifest_of(experiment, ground, data, parent=None)
+    with (
+        begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
+        compact_head(),
+    ):
+        trainer = _Trainer(
+            model=base,
+            args=sft_config(
+                stage,
+                output=run.path / "state",
+                seed=experiment.seed,
+                placement=ground.placement,
+                evaluates="eval" in datasets,
+            ),
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            processing_class=ground.tokenizer,
+            peft_config=adapter_config,
+        )
+        trainer.opened_learning_rate = unfreeze.learning_rate
+        trainable = trainable_of(trainer.model)
+        say_trainable(console, trainable, stage.learning_rate, unfreeze)
+        run.update(trainable=trainable.as_dict())
+        metrics = train(trainer, run, tracker, console, unfreeze)
+        if dry_run:
+            return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
+        save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        run.end("finished", adapter={"sha256": adapter_sha256(run.adapter)})
+        return Outcome(run.path, run.status, metrics, trainable)

@@ -1,0 +1,334 @@
+"""What both stages share: the base and its tokenizer, the run's life, its account at the end."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.data.check import Report
+from pipeline.data.masks import Counted
+from pipeline.errors import ExitCode, PipelineError, PipelineErrors
+from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
+from pipeline.experiment_file import dump_experiment
+from pipeline.model.base import template_sha256
+from pipeline.model.device import Placement
+from pipeline.model.ground import Ground, Say
+from pipeline.model.scope import Trainable, is_opened
+from pipeline.runs.provenance import provenance
+from pipeline.runs.run import Run, Stage, create_run
+from pipeline.tracking import Tracker, start_tracker
+from pipeline.training.callbacks import Guard, Recorder, Screen
+from pipeline.trl_options import check_options
+
+_S = TypeVar("_S", Sft, Dpo)
+DRY_RUN_STEPS = 3
+
+
+def require_options(stage: Stage, options: dict[str, Any]) -> None:
+    """Checks a stage's `options` against the fields of TRL's configuration.
+
+    Raises:
+        PipelineErrors: every one that is unknown, of another type, or would break a promise.
+    """
+    problems = check_options(stage, options)
+    if problems:
+        raise PipelineErrors(problems)
+
+
+def manifest_of(experiment: Experiment, ground: Ground, data: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """What `run.json` holds from the start."""
+    return {
+        "name": experiment.name,
+        "seed": experiment.seed,
+        "base": {
+            "id": ground.files.id,
+            "revision": ground.files.revision,
+            "sha256": ground.base_sha256,
+            "trust_remote_code": experiment.model.trust_remote_code,
+            "quantize": experiment.model.quantize,
+        },
+        "tokenizer": {"template_sha256": template_sha256(ground.tokenizer)},
+        "device": ground.placement.describe(),
+        "data": data,
+        "metrics": {},
+        **provenance(),
+        **more,
+    }
+
+
+def split_files(split: Split) -> dict[str, str]:
+    """The files that are given, by their use: `train`, and `eval` where there is one."""
+    return {"train": split.train} if split.eval is None else {"train": split.train, "eval": split.eval}
+
+
+def data_entry(report: Report, use: str, counted: Counted) -> dict[str, Any]:
+    """One file of the manifest's `data`: what it is, and what tokenising did to its rows."""
+    return {
+        "path": report.file,
+        "use": use,
+        "kind": report.kind,
+        "sha256": report.sha256,
+        "rows": report.rows,
+        "tokens": asdict(counted),
+    }
+
+
+def say_counts(say: Say, use: str, path: str, counted: Counted, max_length: int) -> None:
+    """One line on what tokenising did; dropped rows are never silent.
+
+    Raises:
+        PipelineError: no row is left.
+    """
+    text = (
+        f"{use}: {counted.used:,} rows, {counted.tokens:,} tokens ({counted.loss_tokens:,} in the loss), "
+        f"longest {counted.longest:,}"
+    )
+    if counted.truncated:
+        text += f"; {counted.truncated:,} longer than max_length {max_length:,} were cut at their end"
+    if counted.dropped:
+        numbers = ", ".join(map(str, counted.dropped_rows)) + (" …" if counted.dropped > 10 else "")
+        text += f"; {counted.dropped:,} left out, since nothing of them would be in the loss (row {numbers})"
+    say(text)
+    if not counted.used:
+        raise PipelineError(
+            f"no row has anything in the loss within max_length {max_length}",
+            code="nothing-to-learn",
+            file=path,
+            mend="raise `max_length`, or shorten the prompts",
+            exit_code=ExitCode.WRONG,
+        )
+
+
+def say_trainable(console: Console, trainable: Trainable, adapter_rate: float, unfreeze: Unfreeze) -> None:
+    """The account of what trains, before the first step."""
+    rates = {"adapter": adapter_rate, "opened": unfreeze.learning_rate}
+    table = Table(title="trainable", title_justify="left", box=None, pad_edge=False)
+    for heading in ("modules", "count"):
+        table.add_column(heading, justify="right" if heading == "count" else "left")
+    for module, count in trainable.modules.items():
+        table.add_row(module, str(count))
+    console.print(table)
+    if trainable.unties_head:
+        console.print("the head was tied to the embeddings; opened, it is a matrix of its own, here and in the adapter")
+    for group, parameters in trainable.groups.items():
+        console.print(f"{group}: {parameters:,} parameters at learning rate {rates[group]:g}", highlight=False)
+    console.print(
+        f"trainable params: {trainable.parameters:,} || all params: {trainable.all_parameters:,} || "
+        f"trainable%: {trainable.percent:.4f}",
+        highlight=False,
+    )
+
+
+def split_learning_rates(optimizer: Any, model: torch.nn.Module, opened_rate: float) -> Any:
+    """Gives the opened weights parameter groups of their own, at their own learning rate, behind the others.
+
+    The groups' other settings stay, so weight decay still spares norms and biases.
+    """
+    opened = {id(parameter) for name, parameter in model.named_parameters() if is_opened(name)}
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    behind = []
+    for group in groups:
+        theirs = [parameter for parameter in group["params"] if id(parameter) in opened]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in opened]
+        if group["params"]:
+            optimizer.param_groups.append(group)
+        if theirs:
+            behind.append({**group, "params": theirs, "lr": opened_rate})
+    optimizer.param_groups.extend(behind)
+    return optimizer
+
+
+@dataclass
+class Outcome:
+    """What a stage leaves; `as_dict` is its JSON."""
+
+    run: Path | None
+    """None for a dry run, which leaves none."""
+    status: str
+    metrics: dict[str, Any]
+    trainable: Trainable
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`run`, `status`, `metrics` and more."""
+        return {
+            "run": None if self.run is None else str(self.run),
+            "status": self.status,
+            "metrics": self.metrics,
+            **self.trainable.as_dict(),
+            **self.more,
+        }
+
+
+@contextmanager
+def begin(
+    experiment: Experiment, stage: Stage, root: Path, manifest: dict[str, Any], say: Say, *, dry_run: bool
+) -> Iterator[tuple[Run, Tracker]]:
+    """A run folder and its W&B run, both closed with the right status however the work inside ends.
+
+    A dry run gets a folder that is gone afterwards, and no tracker.
+
+    Raises:
+        PipelineError: the folder cannot be written, or what the work inside raised.
+    """
+    with tempfile.TemporaryDirectory() if dry_run else nullcontext(root) as where:
+        run = create_run(Path(where), experiment.name, stage, dump_experiment(experiment), manifest)
+        if dry_run:
+            tracker = Tracker(None, say)
+        else:
+            say(f"run: {run.path}")
+            tracker = start_tracker(
+                experiment.tracking.wandb,
+                experiment=experiment.name,
+                name=run.path.name,
+                stage=stage,
+                folder=run.path,
+                config={"experiment": experiment.model_dump(mode="json"), "manifest": run.manifest},
+                say=say,
+            )
+            run.update(wandb=tracker.describe())
+        try:
+            with recorded(run):
+                yield run, tracker
+        finally:
+            tracker.finish(run.manifest)
+
+
+def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: Unfreeze) -> dict[str, Any]:
+    """Runs the trainer's loop under the guards, every logged step recorded.
+
+    Returns:
+        The newest value of every metric.
+
+    Raises:
+        PipelineError: a figure is not finite, or the user interrupted.
+    """
+    from transformers import PrinterCallback
+
+    guard, screen = Guard(), Screen(console, run.stage)
+    ratio = unfreeze.learning_rate / trainer.args.learning_rate if unfreeze.opens else None
+    recorder = Recorder(run.metrics_file, tracker, ratio)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (guard, recorder, screen):
+        trainer.add_callback(callback)
+    try:
+        with guard.listening():
+            trainer.train()
+    except KeyboardInterrupt:
+        guard.interrupted = True
+    finally:
+        screen.close()
+        run.update(metrics=recorder.last)
+    if guard.failure is not None:
+        raise guard.failure
+    if guard.interrupted:
+        raise PipelineError(
+            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}",
+            code="interrupted",
+            file=run.path,
+            mend="the newest checkpoint is in `state` of the run folder",
+            exit_code=ExitCode.INTERRUPTED,
+        )
+    return recorder.last
+
+
+def dry_run_of(stage: _S) -> _S:
+    """The stage cut to a few steps, with no evaluation and no checkpoint."""
+    return stage.model_copy(update={"max_steps": DRY_RUN_STEPS, "eval_strategy": "no", "save_strategy": "no"})
+
+
+def longest(dataset: Any, stage: Sft | Dpo, length: Callable[[dict[str, Any]], int]) -> Any:
+    """The rows that need the most memory, as many as the steps of a dry run take, the longest first."""
+    count = DRY_RUN_STEPS * stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+    lengths = [length(row) for row in dataset]
+    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+    return dataset.select(order[:count])
+
+
+def say_dry_run(console: Console, metrics: dict[str, Any], placement: Placement) -> dict[str, Any]:
+    """What a dry run found out; also for its JSON."""
+    peak = peak_memory(placement)
+    console.print(
+        f"dry run: {DRY_RUN_STEPS} steps on the longest rows, loss {metrics['loss']:.4f}, "
+        f"peak memory {peak / 2**30:.2f} GiB; nothing is kept",
+        highlight=False,
+    )
+    return {"dry_run": True, "peak_memory_bytes": peak}
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Whatever ends the work inside, the manifest says it: never a run that is left looking alive or finished.
+
+    Raises:
+        PipelineError: in place of what the machine raised (memory, disk) and of an interruption.
+    """
+    try:
+        yield
+    except PipelineError as error:
+        status = "interrupted" if error.exit_code is ExitCode.INTERRUPTED else "failed"
+        run.end(status, error=error.as_dict())  # type: ignore[arg-type]
+        raise
+    except KeyboardInterrupt as error:
+        stopped = PipelineError(
+            "interrupted before the first checkpoint",
+            code="interrupted",
+            mend="start it again",
+            exit_code=ExitCode.INTERRUPTED,
+        )
+        run.end("interrupted", error=stopped.as_dict())
+        raise stopped from error
+    except Exception as error:
+        failure = machine_failure(error)
+        described = (
+            failure.as_dict() if failure else {"code": "internal", "message": f"{type(error).__name__}: {error}"}
+        )
+        with suppress(OSError):  # a full disk: then the manifest goes on saying `running`
+            run.end("failed", error=described)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def machine_failure(error: Exception) -> PipelineError | None:
+    """The message for a machine that failed (memory, disk); None for anything else."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    ):
+        return PipelineError(
+            "the memory does not hold a training step",
+            code="out-of-memory",
+            mend="halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, lower `max_length`, "
+            "or set `gradient_checkpointing: true`; --dry-run tries the longest rows first",
+            exit_code=ExitCode.MACHINE,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return PipelineError(
+            f"writing failed: {error.strerror}",
+            code="disk",
+            file=error.filename,
+            mend="free some space, or name another folder with --checkpoints",
+            exit_code=ExitCode.MACHINE,
+        )
+    return None
+
+
+def peak_memory(placement: Placement) -> int:
+    """The most memory used so far, in bytes: the GPU's, or the process's on a CPU."""
+    if placement.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(placement.device))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from pipeline.data.tokens import Completion, Pair, tokenize_pair
+from pipeline.evaluation.preference import (
+    completion_logps,
+    pair_logps,
+    perplexity,
+    perplexity_difference,
+    preference_scores,
+)
+
+COMPLETIONS = [
+    Completion([5, 6, 7], [8, 9]),
+    Completion([11], [12, 13, 14, 15, 16, 17, 18]),
+    Completion(list(range(20, 50)), [2]),
+    Completion([], [5, 6, 7]),
+    Completion([40, 41, 2, 2, 42], [2, 2]),  # pad tokens that are content
+]
+
+
+@torch.no_grad()
+def logp(model: Any, completion: Completion) -> float:
+    """The definition: one sequence, all logits, softmax in float64, tokens that something precedes."""
+    ids = completion.prompt_ids + completion.completion_ids
+    logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logps[at - 1, ids[at]]) for at in range(max(len(completion.prompt_ids), 1), len(ids)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_logps_are_one_at_a_time(chat_model: Any, batch_size: int) -> None:
+    logps = completion_logps(chat_model, COMPLETIONS, batch_size=batch_size)
+    assert logps.dtype == torch.float32
+    assert not logps.requires_grad
+    assert logps.tolist() == pytest.approx([logp(chat_model, completion) for completion in COMPLETIONS], abs=1e-4)
+
+
+def test_the_head_sees_completion_positions_only(chat_model: Any) -> None:
+    """Prompts of 30 and 29 tokens, completions of 2 and 1: of 32 positions the head needs 28 to 31."""
+    shapes = []
+    chat_model.lm_head.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape[:2])))
+    completion_logps(chat_model, [Completion([5] * 30, [6, 7]), Completion([5] * 29, [6])])
+    assert shapes == [(2, 4)]
+
+
+def test_a_forward_that_gives_all_logits(chat_model: Any) -> None:
+    class Plain(LlamaForCausalLM):
+        def forward(self, input_ids: Any, attention_mask: Any = None, use_cache: Any = None) -> Any:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    plain = Plain(chat_model.config).eval()
+    plain.load_state_dict(chat_model.state_dict())
+    torch.testing.assert_close(completion_logps(plain, COMPLETIONS), completion_logps(chat_model, COMPLETIONS))
+
+
+def test_modes_are_left_and_dropout_is_off(make_model: Callable[..., Any]) -> None:
+    model = make_model(attention_dropout=0.5)
+    expected = completion_logps(model, COMPLETIONS)
+    model.train()
+    assert torch.equal(completion_logps(model, COMPLETIONS), expected)
+    assert model.training
+
+
+def test_progress(chat_model: Any) -> None:
+    counts: list[int] = []
+    completion_logps(chat_model, COMPLETIONS, batch_size=2, progress=counts.append)
+    assert counts == [2, 2, 1]
+
+
+def test_pairs_keep_their_sides(chat_model: Any) -> None:
+    pairs = [Pair([5, 6], [7], [8, 9, 10]), Pair([11, 12, 13], [14, 15], [16])]
+    chosen, rejected = pair_logps(chat_model, pairs, batch_size=3)
+    expected = [
+        [logp(chat_model, Completion(p.prompt_ids, ids)) for p in pairs for ids in (p[side],)] for side in (1, 2)
+    ]
+    assert chosen.tolist() == pytest.approx(expected[0], abs=1e-4)
+    assert rejected.tolist() == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_scores_by_hand() -> None:
+    """β [(-1 - -2) - (-4 - -3)] = 0.5 · (1 + 1) = 1, and 0.5 · [(-5 - -5) - (-2 - -3)] = -0.5."""
+
+    def fixed(chosen: list[float], rejected: list[float]) -> Callable[[Sequence[Pair]], Any]:
+        return lambda pairs: (torch.tensor(chosen), torch.tensor(rejected))
+
+    pairs = [Pair([1], [2], [3])] * 2
+    scores = preference_scores(fixed([-1.0, -5.0], [-4.0, -2.0]), fixed([-2.0, -5.0], [-3.0, -3.0]), pairs, 0.5)
+    assert scores.tolist() == [1.0, -0.5]
+
+
+def test_equal_weights_have_no_margin(chat_model: Any, tiny_tokenizer: Any, texts: list[Any]) -> None:
+    pairs = [tokenize_pair(tiny_tokenizer, row) for row in texts]
+    scores = preference_scores(
+        lambda pairs: pair_logps(chat_model, pairs), lambda pairs: pair_logps(chat_model, pairs), pairs, 0.1
+    )
+    assert scores.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_margins_are_the_trainers(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, preferences: list[Any]
+) -> None:
+    """`eval_rewards/margins` and `eval_rewards/accuracies` of TRL's trainer on the same rows."""
+    policy, reference = make_model(seed=1), make_model(seed=2)
+    columns = {name: [getattr(row, name) for row in preferences] for name in ("prompt", "chosen", "rejected")}
+    dataset = Dataset.from_dict(columns)
+    trainer = DPOTrainer(
+        policy,
+        ref_model=reference,
+        args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=64, beta=0.3),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tiny_tokenizer,
+    )
+    metrics = trainer.evaluate()
+    pairs = [pair for row in preferences if (pair := tokenize_pair(tiny_tokenizer, row, max_length=64)).chosen_ids]
+    scores = preference_scores(
+        lambda pairs: pair_logps(policy, pairs), lambda pairs: pair_logps(reference, pairs), pairs, 0.3
+    )
+    assert len(scores) == len(trainer.eval_dataset)
+    assert float(scores.mean()) == pytest.approx(metrics["eval_rewards/margins"], abs=1e-4)
+    assert float((scores > 0).float().mean()) == pytest.approx(metrics["eval_rewards/accuracies"])
+
+
+def test_perplexity_of_a_model_that_knows_nothing(chat_model: Any) -> None:
+    """All logits equal: every token has probability 1/V, and the perplexity is V whatever the rows."""
+    torch.nn.init.zeros_(chat_model.lm_head.weight)
+    vocabulary = chat_model.config.vocab_size
+    logps = completion_logps(chat_model, COMPLETIONS)
+    estimate = perplexity(logps.tolist(), [completion.scored_tokens for completion in COMPLETIONS], seed=0)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((vocabulary,) * 3, rel=1e-5)
+    assert estimate.n == len(COMPLETIONS)
+
+
+def test_perplexity_weighs_tokens_not_rows() -> None:
+    """ln 2 nats on one token and 3 · ln 4 on three: exp((ln 2 + 3 ln 4) / 4) = 2^(7/4)."""
+    estimate = perplexity([-math.log(2), -3 * math.log(4)], [1, 3], seed=0)
+    assert estimate.value == pytest.approx(2**1.75)
+    assert (estimate.low, estimate.high) == pytest.approx((2, 4))
+
+
+def test_perplexity_difference_is_paired() -> None:
+    """Rows that are hard for both: 1 nat a token less everywhere is a factor, e^-1, of every resample."""
+    base = [-8.0, -2.0, -30.0]
+    tokens = [2, 1, 5]
+    estimate = perplexity_difference([-6.0, -1.0, -25.0], base, tokens, seed=0)
+    whole = perplexity(base, tokens, seed=0)
+    factor = math.exp(-1) - 1
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
+        (factor * whole.value, factor * whole.high, factor * whole.low)
+    )
