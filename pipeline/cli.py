@@ -10,8 +10,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.experiment import Experiment
+    from pipeline.experiment_file import LoadedExperiment
     from pipeline.runs.run import Run
 
 Answer = tuple[dict[str, Any], ExitCode]
@@ -135,10 +136,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(arguments: argparse.Namespace) -> Experiment:
+@contextmanager
+def _experiment(arguments: argparse.Namespace) -> Iterator[Experiment]:
+    """The experiment that is asked for; what is found wrong with it later gets its file and line as well."""
     from pipeline.experiment_file import load_experiment
 
-    return load_experiment(arguments.experiment, arguments.set).experiment
+    loaded = load_experiment(arguments.experiment, arguments.set)
+    try:
+        yield loaded.experiment
+    except PipelineErrors as several:
+        raise PipelineErrors([_placed(error, loaded) for error in several.errors]) from several
+    except PipelineError as error:
+        raise _placed(error, loaded) from error
+
+
+def _placed(error: PipelineError, loaded: LoadedExperiment) -> PipelineError:
+    return loaded.placed(error) if error.pointer is not None and error.file is None else error
 
 
 def _init(arguments: argparse.Namespace, console: Console) -> Answer:
@@ -163,27 +176,27 @@ def _validate(arguments: argparse.Namespace, console: Console) -> Answer:
 
 
 def _sft(arguments: argparse.Namespace, console: Console) -> Answer:
-    experiment = _load(arguments)
-    from pipeline.training.sft import run_sft
+    with _experiment(arguments) as experiment:
+        from pipeline.training.sft import run_sft
 
-    outcome = run_sft(experiment, arguments.checkpoints, console, dry_run=arguments.dry_run)
+        outcome = run_sft(experiment, arguments.checkpoints, console, dry_run=arguments.dry_run)
     return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
 
 
 def _dpo(arguments: argparse.Namespace, console: Console) -> Answer:
-    experiment = _load(arguments)
-    from pipeline.training.dpo import run_dpo
+    with _experiment(arguments) as experiment:
+        from pipeline.training.dpo import run_dpo
 
-    outcome = run_dpo(experiment, arguments.checkpoints, console, start=arguments.start, dry_run=arguments.dry_run)
+        outcome = run_dpo(experiment, arguments.checkpoints, console, start=arguments.start, dry_run=arguments.dry_run)
     return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
 
 
 def _align(arguments: argparse.Namespace, console: Console) -> Answer:
-    experiment = _load(arguments)
-    from pipeline.align import align
-    from pipeline.evaluation.table import print_comparison
+    with _experiment(arguments) as experiment:
+        from pipeline.align import align
+        from pipeline.evaluation.table import print_comparison
 
-    outcomes, comparison = align(experiment, arguments.checkpoints, console)
+        outcomes, comparison = align(experiment, arguments.checkpoints, console)
     print_comparison(comparison, console)
     console.print(f"written: {outcomes[-1].run}/compare.json", highlight=False)
     runs = [str(outcome.run) for outcome in outcomes]

@@ -43,9 +43,9 @@ def _refuse(cause: str, mend: str, *at: str, code: str = "conflict") -> Pydantic
 
 
 def _steps_or_unset(max_steps: int) -> int:
-    if max_steps == 0 or max_steps < -1:
+    if max_steps == 0:
         raise _refuse(
-            f"`max_steps` is a positive number of steps, or -1 for whole epochs; got {max_steps}",
+            "`max_steps` is a positive number of steps, or -1 for whole epochs; got 0",
             "give the number of steps, or remove the line to train for `num_train_epochs`",
             code="out-of-range",
         )

@@ -53,7 +53,7 @@ def problems_of(error: ValidationError, value: Any, places: Mapping[str, Place])
         if len(problems) == MAX_PROBLEMS:
             rest = f"there are more problems than these {MAX_PROBLEMS}"
             mend = "is this an experiment file?"
-            problems.append(PipelineError(rest, code="too-many", mend=mend, pointer=""))
+            problems.append(PipelineError(rest, code="too-many", mend=mend))
             break
         cause, code, mend = _say(path, details, value, places.get(pointer_to(*path), Place()))
         problems.append(PipelineError(cause, code=code, mend=mend, pointer=pointer_to(*path)))

@@ -53,6 +53,7 @@ _SHARDED = "sharding the model is not supported: the reference is not proven to 
 _COMPILED = "a compiled forward is not proven to give the same log-probabilities"
 _KERNELS = "replaced kernels are not proven to give the same log-probabilities"
 _TRACKING = "Weights & Biases is the tracker that is supported, under `tracking.wandb`"
+_PRECOMPUTED = "the proof of the reference scores pairs that TRL's cache would not hold"
 _MOVING = "the reference must hold still"
 _BATCHES = "batches must be those that the experiment names, in the same order on every run"
 _UNUSED = "the command decides what is run"
@@ -78,6 +79,8 @@ REFUSED = {
     "pad_token": "the tokenizer is the model's own, and the masks do not read the padding token",
     "batch_eval_metrics": "no function computes metrics from logits here",
     "include_for_metrics": "no function computes metrics from logits here",
+    "logging_first_step": _RECORD,
+    "logging_nan_inf_filter": "a loss that is not a number must show in the record, not the last finite one",
     "logging_strategy": _RECORD,
     "disable_tqdm": "the command shows the progress itself",
     "trackio_bucket_id": _TRACKING,
@@ -120,12 +123,14 @@ REFUSED = {
 REFUSED_IN_DPO = {
     "disable_dropout": "policy and reference are compared without dropout",
     "neftune_noise_alpha": "its noise would differ between policy and reference",
+    "precompute_ref_batch_size": _PRECOMPUTED,
+    "precompute_ref_log_probs": _PRECOMPUTED,
     "ref_model_mixup_alpha": _MOVING,
     "ref_model_sync_steps": _MOVING,
     "sync_ref_model": _MOVING,
+    "train_sampling_strategy": "a pair has no one length to group by",
 }
-"""Fields that would break a promise of DPO's. `precompute_ref_log_probs` would not: the reference is the same
-whether it is asked before the first step or at each."""
+"""Fields that would break a promise of DPO's."""
 
 _CHOICES = {
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),

@@ -58,7 +58,7 @@ def plain_1_1(text: str, tag: str) -> Scalar:
     if kind in {"int", "float"} and ":" in text:
         cause = f"YAML 1.1 reads `{text}` as {_base_60(text):g}, in base 60"
         raise TrapError("yaml-sexagesimal", cause, f"write {quoted}")
-    if kind == "int" and _OCTAL_1_1.fullmatch(text):
+    if kind == "int" and len(text) <= _LONGEST and _OCTAL_1_1.fullmatch(text):
         cause = f"YAML 1.1 reads `{text}` as {int(text.replace('_', ''), 8)}, in base 8"
         raise TrapError("yaml-octal", cause, f"write it without leading zeros, or {quoted}")
     if kind == "int":

@@ -173,9 +173,12 @@ def test_an_unknown_model(run: Any, write_experiment: Any) -> None:
 
 
 def test_an_option_of_trl_is_checked_before_anything_is_loaded(run: Any, write_experiment: Any) -> None:
-    answer = run("sft", write_experiment(sft={"options": {"adam_beta_1": 0.8}}))
+    path = write_experiment(sft={"options": {"adam_beta_1": 0.8}})
+    answer = run("sft", path)
     assert answer.code == 2
     assert "adam_beta1" in answer.err
+    line = next(number for number, text in enumerate(path.read_text().splitlines(), 1) if "adam_beta_1" in text)
+    assert f"{path}:{line}" in answer.err
 
 
 def test_set_overrides(run: Any, write_experiment: Any, tmp_path: Path) -> None:

@@ -51,8 +51,6 @@ HANDED_THROUGH = {
     "log_level",
     "log_level_replica",
     "log_on_each_node",
-    "logging_first_step",
-    "logging_nan_inf_filter",
     "lr_scheduler_kwargs",
     "optim",
     "optim_args",
@@ -62,16 +60,13 @@ HANDED_THROUGH = {
     "save_on_each_node",
     "skip_memory_metrics",
     "torch_empty_cache_steps",
-    "train_sampling_strategy",
 }
-HANDED_THROUGH_IN_SFT = HANDED_THROUGH | {"loss_type", "neftune_noise_alpha"}
+HANDED_THROUGH_IN_SFT = HANDED_THROUGH | {"loss_type", "neftune_noise_alpha", "train_sampling_strategy"}
 HANDED_THROUGH_IN_DPO = HANDED_THROUGH | {
     "discopop_tau",
     "f_alpha_divergence_coef",
     "f_divergence_type",
     "ld_alpha",
-    "precompute_ref_batch_size",
-    "precompute_ref_log_probs",
     "use_weighting",
 }
 
@@ -158,7 +153,7 @@ def test_a_refused_option_says_why_or_where(stage: Stage, options: dict[str, Any
         ("sft", {"loss_type": "nil"}, "unknown-value", "nll"),
         ("sft", {"lr_scheduler_kwargs": [1]}, "wrong-type", "a section of keys"),
         ("dpo", {"f_divergence_type": "reverse"}, "unknown-value", "`reverse_kl`"),
-        ("dpo", {"train_sampling_strategy": "randm"}, "unknown-value", "`random`"),
+        ("sft", {"train_sampling_strategy": "randm"}, "unknown-value", "`random`"),
     ],
 )
 def test_names_and_types_are_trls(stage: Stage, options: dict[str, Any], code: str, says: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast, get_args, overload
 
 from pipeline.data.audit import Audit
-from pipeline.data.codes import MENDS
+from pipeline.data.codes import MENDS, NO_FILE
 from pipeline.data.convert import Converted, RefusedError, convert
 from pipeline.data.formats import detect_format, detect_kind
 from pipeline.data.place import MAX_FINDINGS_PER_ROW, Excerpt, Finding, excerpt, line_and_column, pointer
@@ -136,13 +136,9 @@ def check_file(path: Path, kind: str | None = None, *, max_errors: int = 100) ->
 
 
 @overload
-def load_rows(
-    path: Path, kind: Literal["demonstration"], *, max_errors: int = 100
-) -> CheckedRows[Demonstration]: ...
+def load_rows(path: Path, kind: Literal["demonstration"], *, max_errors: int = 100) -> CheckedRows[Demonstration]: ...
 @overload
-def load_rows(
-    path: Path, kind: Literal["preference"], *, max_errors: int = 100
-) -> CheckedRows[Preference]: ...
+def load_rows(path: Path, kind: Literal["preference"], *, max_errors: int = 100) -> CheckedRows[Preference]: ...
 @overload
 def load_rows(path: Path, kind: str, *, max_errors: int = 100) -> CheckedRows[Any]: ...
 def load_rows(path: Path, kind: str, *, max_errors: int = 100) -> CheckedRows[Any]:
@@ -229,9 +225,7 @@ class _Check:
         self.report.error_count += 1
         self.report.error_counts[error.code] += 1
         if len(self.report.errors) < self._max_errors:
-            violation = Violation(
-                self.report.file, error.line, error.pointer, error.code, error.message, error.mend
-            )
+            violation = Violation(self.report.file, error.line, error.pointer, error.code, error.message, error.mend)
             self.report.errors.append(violation)
 
     def _finish(self) -> None:
@@ -243,14 +237,10 @@ class _Check:
             count = "1 row" if report.rows == 1 else f"{report.rows} rows"
             message = f"the file has {count} only"
             mend = MENDS["few-rows"]
-            report.warnings.append(
-                Violation(report.file, None, None, "few-rows", message, mend, severity="warning")
-            )
+            report.warnings.append(Violation(report.file, None, None, "few-rows", message, mend, severity="warning"))
 
 
-def _prove(
-    row: SourceRow, kind: Kind | None, format: str | Finding
-) -> tuple[Converted | None, list[Finding]]:
+def _prove(row: SourceRow, kind: Kind | None, format: str | Finding) -> tuple[Converted | None, list[Finding]]:
     """The canonical row, where there is one, and everything that is wrong with its shape and sense."""
     if isinstance(format, Finding):
         return None, [format]
@@ -295,9 +285,7 @@ def _place(
 
 
 def _refusal(report: Report) -> PipelineError:
-    first = report.errors[0]
-    usage = ("no-such-file", "is-a-folder", "special-file", "unreadable-file")
-    exit_code = ExitCode.USAGE if first.code in usage else ExitCode.WRONG
+    exit_code = ExitCode.USAGE if report.errors[0].code in NO_FILE else ExitCode.WRONG
     errors = [
         PipelineError(
             error.message,

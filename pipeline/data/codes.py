@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NO_FILE = ("no-such-file", "is-a-folder", "special-file", "unreadable-file")
+"""The path is wrong, not the data."""
+
 MENDS: dict[str, str] = {
     # The file
     "no-such-file": "check the path: relative to the current folder, or to the experiment that names it",

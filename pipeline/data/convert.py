@@ -98,9 +98,7 @@ def _tools(value: dict[str, Any]) -> Tools | None:
         try:
             parsed = StrictJson().parse(tools, 0)
         except JsonError as error:
-            raise RefusedError(
-                Finding("invalid-tools", f"`tools`: {error.finding.message}", ("tools",))
-            ) from None
+            raise RefusedError(Finding("invalid-tools", f"`tools`: {error.finding.message}", ("tools",))) from None
         whole = not parsed.odd and not tools[parsed.end :].strip()
         tools = parsed.value
         if not whole or not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

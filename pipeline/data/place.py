@@ -60,8 +60,7 @@ def shown(text: str) -> str:
 def pointer(keys: Keys) -> str:
     """The JSON pointer of RFC 6901. Overlong keys are cut, and unpaired surrogates written as escapes."""
     steps = (
-        (key if len(key) <= _SHOWN else key[: _SHOWN - 1] + "…") if isinstance(key, str) else str(key)
-        for key in keys
+        (key if len(key) <= _SHOWN else key[: _SHOWN - 1] + "…") if isinstance(key, str) else str(key) for key in keys
     )
     text = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

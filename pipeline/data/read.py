@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.data.codes import MENDS
+from pipeline.data.codes import MENDS, NO_FILE
 from pipeline.data.place import MAX_FINDINGS_PER_ROW, Finding, line_and_column
 from pipeline.data.strict_json import JsonError, StrictJson, oddities, skip_space
 from pipeline.errors import ExitCode, PipelineError
@@ -87,12 +87,8 @@ class Source:
         self.sha256 = self._hash.hexdigest()
 
     def _error(self, code: str, message: str, line: int | None = None) -> PipelineError:
-        exit_code = ExitCode.WRONG
-        if code in ("no-such-file", "is-a-folder", "special-file", "unreadable-file"):
-            exit_code = ExitCode.USAGE
-        return PipelineError(
-            message, code=code, mend=MENDS[code], file=self.path, line=line, exit_code=exit_code
-        )
+        exit_code = ExitCode.USAGE if code in NO_FILE else ExitCode.WRONG
+        return PipelineError(message, code=code, mend=MENDS[code], file=self.path, line=line, exit_code=exit_code)
 
     def _check_path(self) -> None:
         try:
@@ -128,9 +124,7 @@ class Source:
             elif line.strip(b" \t\r\n"):
                 row = self._line(*_decode(line), number)
                 if not rows and _spans_lines(row, self.path):
-                    raise self._error(
-                        "not-rows", "one JSON object over several lines, not one a line", number
-                    )
+                    raise self._error("not-rows", "one JSON object over several lines, not one a line", number)
                 yield row
             else:
                 continue
@@ -221,11 +215,10 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 def _spans_lines(row: SourceRow, path: Path) -> bool:
     """Whether the first line of a file is the beginning of an object that goes on in the next line."""
-    if row.readable or not row.findings or row.findings[-1].code != "invalid-json":
+    if row.readable:
         return False
-    if row.text.strip() == "{":
-        return True
-    return path.suffix == ".json" and row.findings[-1].offset == len(row.text)
+    cut = path.suffix == ".json" and row.findings[-1].offset == len(row.text)
+    return cut or row.text.strip() == "{"
 
 
 def _byte_order_mark() -> Finding:

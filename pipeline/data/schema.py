@@ -132,9 +132,7 @@ def _wrong_type(error: ValidationError, keys: Keys, name: str, row: dict[str, An
         return Finding("empty-content", f"{name} is null", keys)
     if len(keys) == 1 and keys[0] in ("prompt", "completion", "chosen", "rejected"):
         # The form of a row is that of most of its values, so this one differs from the others.
-        others = [
-            key for key in ("prompt", "completion", "chosen", "rejected") if key in row and key != keys[0]
-        ]
+        others = [key for key in ("prompt", "completion", "chosen", "rejected") if key in row and key != keys[0]]
         if isinstance(value, str | list) and others:
             rest = " and ".join(f"`{key}`" for key in others)
             message = f"{name} is {type_name(value)}, {rest} {'is' if len(others) == 1 else 'are'} not"

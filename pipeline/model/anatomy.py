@@ -1,7 +1,7 @@
 """The parts of a causal language model, found from the model itself rather than from names.
 
 Llama calls its last norm `model.norm`, GPT-2 `transformer.ln_f`, GPT-NeoX `gpt_neox.final_layer_norm`: what they
-share is one list of blocks as long as the configuration says, a norm beside that list, and the output embeddings.
+share is a decoder with one list of blocks as long as the configuration says, a norm behind it, and a head.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def anatomy_of(model: Any) -> Anatomy:
     owner = next(
         (
             (parent, child)
-            for parent in model.modules()
+            for parent in model.get_decoder().modules()  # a vision tower may have as many blocks
             for child in parent.children()
             if isinstance(child, nn.ModuleList) and len(child) == depth
         ),

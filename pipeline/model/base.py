@@ -6,8 +6,8 @@ loaded from the files on the disk like a local folder.
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pipeline.model.device import Placement
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -87,11 +88,10 @@ def _with_weights(files: BaseFiles) -> BaseFiles:
 
 
 def _from_hub(model_id: str, revision: str | None) -> BaseFiles:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -116,15 +116,26 @@ def _from_hub(model_id: str, revision: str | None) -> BaseFiles:
             f"the hub knows no model {model_id} (or it is private)",
             "check the id; for a private model `hf auth login`; for a local folder write its path with ./ in front",
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+    except HFValidationError as error:
+        raise _missing(
+            f"{model_id} is no id of the hub: {error}", "check the id, or write a local path as ./FOLDER"
+        ) from error
+    except Exception as error:  # of the hub, of the HTTP library below it, or of the disk
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise PipelineError(
+                f"{model_id} cannot be kept in the hub's cache: {error.strerror}",
+                code="cannot-write",
+                file=error.filename,
+                mend="free some space, or let HF_HOME name a folder that can be written",
+                exit_code=ExitCode.MACHINE,
+            ) from error
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         at = f" --revision {revision}" if revision else ""
         raise PipelineError(
             f"{model_id} is neither a local folder nor in the cache, and {offline}",
             code="model-not-cached",
             pointer="/model/id",
             mend=f"with a network: `hf download {model_id}{at}`; or name a local folder with ./ in front",
-            exit_code=ExitCode.USAGE,
         ) from error
     # The cache keeps each commit in a folder of its name.
     return BaseFiles(model_id, Path(folder), None, Path(folder).name)
@@ -143,7 +154,8 @@ def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
     """The base as a Transformers causal language model, on its device.
 
     Raises:
-        PipelineError: the files are damaged, are not a causal language model, or need code that was not allowed.
+        PipelineError: the files are damaged or incomplete, are not a causal language model, or need code that was
+            not allowed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -151,6 +163,7 @@ def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
         "dtype": placement.dtype,
         "trust_remote_code": model.trust_remote_code,
         "local_files_only": True,
+        "output_loading_info": True,
     }
     if model.attn_implementation is not None:
         arguments["attn_implementation"] = model.attn_implementation
@@ -163,9 +176,17 @@ def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
     if model.quantize == "nf4":
         arguments["quantization_config"] = _nf4()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(files.folder, **arguments)
+        loaded, info = AutoModelForCausalLM.from_pretrained(files.folder, **arguments)
     except Exception as error:
         raise _unloadable(files, error) from error
+    if info["missing_keys"]:  # Transformers fills them with random numbers, and says so in passing
+        missing = sorted(info["missing_keys"])
+        raise PipelineError(
+            f"the files of {files.id} hold no {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}",
+            code="incomplete-model",
+            pointer="/model/id",
+            mend="name the causal language model itself, not its body or an encoder; or `hf download` it again",
+        )
     if files.gguf:
         forget_quantization(loaded)
     if model.quantize == "none":
@@ -198,15 +219,8 @@ def _nf4() -> Any:
 
 def _unloadable(files: BaseFiles, error: Exception) -> PipelineError:
     text = " ".join(str(error).split())
-    if isinstance(error, PipelineError):
-        return error
     if "trust_remote_code" in text:
-        return PipelineError(
-            f"{files.id} comes with Python code of its own, which is never run unasked",
-            code="remote-code",
-            pointer="/model/trust_remote_code",
-            mend="read that code, then set `model.trust_remote_code: true`, or take another model",
-        )
+        return _remote_code(files)
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return PipelineError(
             f"the memory does not hold {files.id}",
@@ -223,6 +237,15 @@ def _unloadable(files: BaseFiles, error: Exception) -> PipelineError:
     )
 
 
+def _remote_code(files: BaseFiles) -> PipelineError:
+    return PipelineError(
+        f"{files.id} comes with Python code of its own, which is never run unasked",
+        code="remote-code",
+        pointer="/model/trust_remote_code",
+        mend="read that code, then set `model.trust_remote_code: true`, or take another model",
+    )
+
+
 def load_tokenizer(files: BaseFiles, model: Model, chat_template: str | None) -> Any:
     """The model's own tokenizer; its pad token is the eos token where it has none.
 
@@ -232,7 +255,8 @@ def load_tokenizer(files: BaseFiles, model: Model, chat_template: str | None) ->
         chat_template: a Jinja file in place of the model's own template.
 
     Raises:
-        PipelineError: it cannot be read, or there is no chat template.
+        PipelineError: it or the chat template cannot be read, it comes with code that was not allowed, or it has no
+            eos token.
     """
     from transformers import AutoTokenizer
 
@@ -242,6 +266,8 @@ def load_tokenizer(files: BaseFiles, model: Model, chat_template: str | None) ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **arguments)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _remote_code(files) from error
         raise PipelineError(
             f"the tokenizer of {files.id} cannot be read: {' '.join(str(error).split())[:300]}",
             code="unloadable-tokenizer",

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 import platformdirs
+from safetensors import SafetensorError
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ExitCode, PipelineError
 
 PREFIX = "builtin:"
 _NAME = "smollm2-135m"
@@ -33,7 +34,7 @@ def builtin_model(model_id: str) -> Path:
     """The folder of a built-in model, converted first where it is not there yet (about half a minute).
 
     Raises:
-        PipelineError: no such built-in model, or its wheel is not installed.
+        PipelineError: no such built-in model, its wheel is not installed, or the cache cannot be written.
     """
     name = model_id.removeprefix(PREFIX)
     if name != _NAME:
@@ -44,24 +45,40 @@ def builtin_model(model_id: str) -> Path:
             mend=f"use `{PREFIX}{_NAME}`, a hub id, a local folder or a .gguf file",
         )
     gguf = _wheel_file()
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    with gguf.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_directory() / "models" / f"{_NAME}-{digest[:12]}-{_CONVERSION}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Converted beside its place and renamed, so that a folder that exists is whole. A process that does the
-        # same at the same time is harmless: the first rename wins, and the contents are the same.
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _convert(gguf, staged)
-            staged.chmod(0o755)
-            try:
-                staged.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            _convert_once(gguf, folder)
+        except (OSError, SafetensorError) as error:
+            raise PipelineError(
+                f"the built-in model cannot be kept in the cache: {error}",
+                code="cannot-write",
+                file=folder.parent,
+                mend="free a gigabyte there, or let XDG_CACHE_HOME name a folder that can be written",
+                exit_code=ExitCode.MACHINE,
+            ) from error
     return folder
+
+
+def _convert_once(gguf: Path, folder: Path) -> None:
+    """Converts beside `folder` and renames, so that a folder that exists is whole.
+
+    A process that does the same at the same time is harmless: the first rename wins, and the contents are the same.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _convert(gguf, staged)
+        staged.chmod(0o755)
+        try:
+            staged.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _wheel_file() -> Path:

@@ -140,9 +140,20 @@ def hold_in_float32(model: nn.Module, names: Iterable[str]) -> None:
 
     A step of 5e-6 is lost in bfloat16's eight bits of mantissa; PEFT raises LoRA weights to float32 by itself, but
     not `modules_to_save`.
+
+    Raises:
+        PipelineError: a module holds quantised weights, which have no gradient.
     """
     for name in names:
-        model.get_submodule(name).to(torch.float32)
+        module = model.get_submodule(name)
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            raise PipelineError(
+                f"{name} holds quantised weights, which cannot be trained",
+                code="conflict",
+                pointer="/model/quantize",
+                mend="set `quantize: none`, or open no blocks (`last_blocks: 0`)",
+            )
+        module.to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,7 @@ def trainable_of(model: Any) -> Trainable:
     for name, parameter in model.named_parameters():
         if f".{REFERENCE}." in name or ".original_module." in name:
             continue
-        total += parameter.numel()
+        total += _weights_in(parameter)
         if parameter.requires_grad:
             groups["opened" if is_opened(name) else "adapter"] += parameter.numel()
             trained.add(_trained_module(name))
@@ -214,6 +225,12 @@ def trainable_of(model: Any) -> Trainable:
         )
     unties_head = hasattr(model.get_output_embeddings(), "modules_to_save") and model.config.tie_word_embeddings
     return Trainable(trainable, total, dict(groups), dict(sorted(modules.items())), unties_head)
+
+
+def _weights_in(parameter: nn.Parameter) -> int:
+    """Its elements; bitsandbytes packs two 4-bit weights into a byte of storage."""
+    packed = hasattr(parameter, "quant_storage")
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
 def _trained_module(name: str) -> str:

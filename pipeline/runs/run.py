@@ -52,9 +52,9 @@ class Run:
         return self.path / "metrics.jsonl"
 
     def update(self, **fields: Any) -> None:
-        """Sets fields of the manifest and writes it."""
+        """Writes the manifest with some fields set; what cannot be written is not set either."""
+        write_json(self.path / MANIFEST, {**self.manifest, **fields})
         self.manifest.update(fields)
-        write_json(self.path / MANIFEST, self.manifest)
 
     def end(self, status: Status, **fields: Any) -> None:
         """Closes the run with its last status."""
@@ -146,7 +146,7 @@ def list_runs(root: Path, experiment: str | None = None) -> list[Run]:
                 runs.append(read_run(manifest.parent))
             except PipelineError:
                 continue
-    return sorted(runs, key=lambda run: (run.path.parent.name, str(run.manifest.get("start")), run.path.name))
+    return sorted(runs, key=lambda run: (run.path.parent.name, str(run.manifest.get("start") or ""), run.path.name))
 
 
 def newest_finished(root: Path, experiment: str, stage: Stage) -> Run:

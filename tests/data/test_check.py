@@ -52,6 +52,7 @@ DEMONSTRATIONS = {
         '{"prompt": "a", "completion": "\\udc4d\\ud83d"}',
         [("/completion", "unpaired-surrogate")],
     ),
+    "half without its first": ('{"prompt": "a", "completion": "\\uDFFF"}', [("/completion", "unpaired-surrogate")]),
     "surrogate in a key": (
         '{"prompt": "a", "completion": "b", "\\ud83d": 1}',
         [("/\\ud83d", "unpaired-surrogate")],
@@ -199,6 +200,14 @@ DEMONSTRATIONS = {
         f'{{"prompt": [{USER}], "completion": [{USER}, {ANSWER}]}}',
         [("/completion/0/role", "first-not-assistant")],
     ),
+    "completion is the user's": (
+        f'{{"prompt": [{USER}], "completion": [{USER}]}}',
+        [("/completion/0/role", "first-not-assistant")],
+    ),
+    "system in a completion": (
+        f'{{"prompt": [{USER}], "completion": [{ANSWER}, {SYSTEM}, {USER}, {ANSWER}]}}',
+        [("/completion/1/role", "system-not-first")],
+    ),
     "completion ends with user": (
         f'{{"prompt": [{USER}], "completion": [{ANSWER}, {USER}]}}',
         [("/completion/1/role", "last-not-assistant")],
@@ -309,6 +318,7 @@ FILES = {
     "UTF-16 without mark": (GOOD.encode("utf-16-be"), (None, None, "wrong-encoding")),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD.encode(), (1, None, "byte-order-mark")),
     "mark before array": (b"\xef\xbb\xbf[" + GOOD.encode() + b"]", (1, "/0", "byte-order-mark")),
+    "object over lines, cut later": (b'{"data": [\n{}\n]}\n', (1, None, "not-rows")),
     "one object over lines": (b'\n{\n  "prompt": "a",\n  "completion": "b"\n}\n', (2, None, "not-rows")),
     "more after the array": (b"[" + GOOD.encode() + b"]\n{}", (2, None, "invalid-json")),
     "array not closed": (b"[" + GOOD.encode() + b"\n", (2, None, "invalid-json")),
@@ -333,6 +343,12 @@ def test_broken_file(tmp_path, data, expected):
     report = check_file(path)
     assert places(report) == [expected]
     assert not report.ok
+
+
+def test_an_object_over_lines_is_one_error_whatever_the_file_is_called(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(json.loads(GOOD), indent=2))
+    assert places(check_file(path)) == [(1, None, "not-rows")]
 
 
 def test_value_on_its_own_line_of_an_indented_array(tmp_path):
@@ -443,7 +459,8 @@ ACCEPTED = {
     "nulls of a table": (
         "demonstration",
         "messages",
-        '{"prompt": null, "tools": null, ' + talk(USER.replace("}", ', "tool_calls": null}'), ANSWER)[1:],
+        '{"prompt": null, "completion": null, "tools": null, '
+        + talk(USER.replace("}", ', "tool_calls": null}'), ANSWER)[1:],
     ),
     "parts": (
         "demonstration",
@@ -564,6 +581,18 @@ def test_audit_counts_by_hand(tmp_path):
         },
         "turns": {"count": 3, "mean": 2.33, "max": 3},
         "duplicate_rows": 0,
+    }
+
+
+def test_audit_of_preferences_counts_the_chosen_conversation(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(pair(chosen=f"[{ANSWER}, {USER}, {ANSWER}]"))
+    audit = check_file(path).audit
+    assert audit["turns"] == {"count": 1, "mean": 4.0, "max": 4}
+    assert audit["characters"] == {
+        "prompt": {"count": 1, "mean": 2.0, "max": 2},  # Hi
+        "chosen": {"count": 1, "mean": 12.0, "max": 12},  # Hello, Hi, Hello
+        "rejected": {"count": 1, "mean": 2.0, "max": 2},  # Go
     }
 
 

@@ -99,8 +99,10 @@ def test_errors_beyond_the_kept_ones_are_counted(write):
 
 def test_nothing_in_a_file_is_taken_for_markup_or_escapes(write):
     report = check_file(write("rows.jsonl", '{"[red]x[/nope]": 1}\n{"\x1b[31m": 1}\n'))
-    text = printed(report)
+    gone = check_file("gone\x1b[31m.jsonl")
+    text = printed(report, gone)
     assert "[red]x[/nope]" in text
+    assert "gone�[31m.jsonl" in text
     assert "\x1b" not in text
 
 
