@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from pipeline.evaluation.results import Comparison
@@ -14,7 +12,7 @@ from pipeline.experiment import Experiment
 from pipeline.runs.run import read_run
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
-from pipeline.training.stage import Outcome
+from pipeline.training.stage import Outcome, give_memory_back
 from pipeline.validation import require_experiment_data
 
 
@@ -35,16 +33,10 @@ def align(experiment: Experiment, root: Path, console: Console) -> tuple[list[Ou
     require_experiment_data(experiment)
     console.rule("phase one: SFT")
     sft = run_sft(experiment, root, console)
-    _give_memory_back()
+    give_memory_back()
     console.rule("phase two: DPO")
     dpo = run_dpo(experiment, root, console, start=str(sft.run))
-    _give_memory_back()
+    give_memory_back()
     console.rule("compare")
     runs = [read_run(outcome.run) for outcome in (sft, dpo) if outcome.run is not None]
     return [sft, dpo], compare_runs(runs, experiment, root, console)
-
-
-def _give_memory_back() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -124,13 +124,14 @@ def _targets(model: Any, anatomy: Anatomy, lora: Lora, layers: list[int]) -> lis
     wanted = _ATTENTION[lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     for entry in wanted:
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            near = difflib.get_close_matches(entry, leaves, n=3)
-            hint = f"did you mean {' or '.join(f'`{name}`' for name in near)}? " if near else ""
+            typed = isinstance(lora.target_modules, list)
+            near = difflib.get_close_matches(entry, leaves, n=1) if typed else []
+            hint = f"did you mean `{near[0]}`? " if near else ""
             raise PipelineError(
                 f"no linear layer of the model is called `{entry}`",
                 code="no-such-module",
                 pointer="/scope/lora/target_modules",
-                mend=f"{hint}its blocks have {', '.join(leaves)}",
+                mend=f"{hint}list some of {', '.join(leaves)}; or use `all-linear`",
             )
     return sorted(set(wanted))
 

@@ -14,9 +14,9 @@ from trl import DPOTrainer
 from pipeline.data.check import load_rows
 from pipeline.data.masks import Counted
 from pipeline.data.rows import Preference
+from pipeline.data.tokens import Pair, tokenize_pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
-from pipeline.data.tokens import Pair, tokenize_pair
 from pipeline.experiment import Experiment
 from pipeline.model.adapter import adapter_sha256, attached, open_policy, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
@@ -25,19 +25,24 @@ from pipeline.model.scope import trainable_of
 from pipeline.runs.run import Run, find_run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
-from pipeline.training.reference import (
+from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
+    check_movement,
+    check_saved,
     check_start,
+    fingerprints,
     reference_hash,
     score,
     tolerance_for,
+    write_proof,
 )
 from pipeline.training.stage import (
     Outcome,
     begin,
     data_entry,
     dry_run_of,
+    give_memory_back,
     longest,
     manifest_of,
     require_options,
@@ -167,8 +172,7 @@ def run_dpo(
 
     base = load_base(ground.files, experiment.model, ground.placement)
     unfreeze = stage.unfreeze or experiment.scope.unfreeze
-    with attached(base, origin.folder) as sft_model:
-        reopened = torch.stack(pair_logps(sft_model, proof_pairs), dim=1)
+    reopened = _reopened(base, origin.folder, proof_pairs)
     policy = open_policy(base, origin.folder, unfreeze)
     named = reference_hash(ground.base_sha256, origin.sha256, template_sha256(ground.tokenizer))
     manifest = manifest_of(
@@ -212,21 +216,42 @@ def run_dpo(
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
             highlight=False,
         )
+        trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        weights = fingerprints(policy)
         metrics = train(trainer, run, tracker, console, unfreeze)
-        drift = check_drift(before.reference, score(trainer, batches).reference, tolerance)
-        console.print(f"reference: drift {drift:g} nats over {len(proof_pairs)} pairs", highlight=False)
+        after = score(trainer, batches)
         reference = {
             **manifest["reference"],
-            "drift": drift,
+            "drift": check_drift(before.reference, after.reference, tolerance),
             "pairs": len(proof_pairs),
             "start_loss": before.loss,
+            "unmoved": check_movement(weights, fingerprints(policy), trained_names),
         }
         if dry_run:
             found = say_dry_run(console, metrics, ground.placement)
             return Outcome(None, "finished", metrics, trainable, {"reference": reference, **found})
-        save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        save_adapter(policy, ground.tokenizer, run.adapter)
+        # The trained model makes room: what was saved is judged on a base that this run never touched.
+        del trainer, policy, base
+        give_memory_back()
+        fresh = load_base(ground.files, experiment.model, ground.placement)
+        saved, start_again = (_reopened(fresh, folder, proof_pairs) for folder in (run.adapter, origin.folder))
+        reference["saved"] = check_saved(saved, start_again, after, tolerance, stage.beta)
+        write_proof(run.path, proof_pairs, saved, start_again)
+        console.print(
+            f"proof: reference drift {reference['drift']:g} nats, frozen weights unchanged, "
+            f"{len(trained_names) - len(reference['unmoved'])} of {len(trained_names)} trained tensors moved, "
+            f"the saved adapter is the trained policy ({reference['saved']['policy']:.1e} nats apart)",
+            highlight=False,
+        )
         run.end("finished", adapter={"sha256": adapter_sha256(run.adapter)}, reference=reference)
         return Outcome(run.path, run.status, metrics, trainable, {"reference": reference})
+
+
+def _reopened(base: Any, folder: Path, pairs: list[Pair]) -> torch.Tensor:
+    """Log-probabilities of `pairs` under the adapter in `folder`, `[N, 2]` nats."""
+    with attached(base, folder) as model:
+        return torch.stack(pair_logps(model, pairs), dim=1)
 
 
 def _pair_length(row: dict[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import resource
 import sys
 import tempfile
@@ -332,3 +333,10 @@ def peak_memory(placement: Placement) -> int:
         return int(torch.cuda.max_memory_allocated(placement.device))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB
+
+
+def give_memory_back() -> None:
+    """Frees what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+_TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SHARED = {
-    "vocab_size": 64,
+    **_TOKENS,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -18,9 +19,6 @@ _SHARED = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 _NEOX = {key: value for key, value in _SHARED.items() if key != "num_key_value_heads"}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +28,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", _SHARED),
     "gemma3_text": ("Gemma3TextConfig", {**_SHARED, "head_dim": 8}),
     "phi3": ("Phi3Config", _SHARED),
-    "gpt2": ("GPT2Config", {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "gpt2": (
+        "GPT2Config",
+        {**_TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.2},
+    ),
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
     "mixtral": ("MixtralConfig", {**_SHARED, "num_local_experts": 2}),
     "opt": ("OPTConfig", {**_NEOX, "ffn_dim": 64, "word_embed_proj_dim": 32}),

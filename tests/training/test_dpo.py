@@ -81,7 +81,7 @@ def test_adapter_reopened_by_stock_peft_gives_the_trained_logits(
 
 
 def test_partial_opens_exactly_what_was_asked(write_experiment: Any, sft_root: Path, console: Any) -> None:
-    outcome = run_dpo(experiment(write_experiment, dpo={"unfreeze": OPENED, "max_steps": 1}), sft_root, console)
+    outcome = run_dpo(experiment(write_experiment, dpo={"unfreeze": OPENED, "max_steps": 2}), sft_root, console)
     modules = outcome.trainable.modules
     assert {name: count for name, count in modules.items() if name.startswith("opened")} == {
         "opened layers.*": 1,

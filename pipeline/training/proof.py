@@ -1,8 +1,10 @@
-"""The reference: what it is, that the policy starts from it, and that it does not move.
+"""The proof that a DPO run is what it says: the reference held still, what should train did, what was saved is that.
 
 The check at step 0 alone proves nothing: with blocks shared between policy and reference it reads ln 2 as well, and
 the reference then moves with the policy. So the reference is scored three times: reopened from the disk before
-training, inside the trainer before the first step, and inside the trainer after the last.
+training, inside the trainer before the first step, and inside the trainer after the last. At the end the frozen
+parameters must be those of the start, the trained ones others, and the two saved folders, reopened by stock PEFT on a
+fresh base, must give the log-probabilities and rewards that the trainer gave.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.data.tokens import Pair
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.runs.files import write_json
 
+PROOF = "proof.json"
 PROOF_PAIRS = 8
 """How many of the first training pairs are scored."""
 
@@ -50,6 +56,8 @@ class Scores:
 
     reference: torch.Tensor
     """Log-probabilities under the reference, `[N, 2]` float32 nats: chosen, rejected."""
+    policy: torch.Tensor
+    """The same under the policy."""
     metrics: dict[str, float]
     """The trainer's own metrics (`rewards/chosen`, `rewards/margins`, …), mean over batches."""
     loss: float
@@ -67,13 +75,22 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
     trainer.model.eval()
     # LD-DPO weighs the tokens of a log-probability; the proof is about the plain sums.
     trainer.ld_alpha = None
-    references, losses = [], []
+    references, policies, losses = [], [], []
     try:
         with torch.no_grad():
             for batch in batches:
                 inputs = trainer._prepare_inputs(dict(batch))
                 references.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, inputs), dim=1))
+                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
                 with trainer.compute_loss_context_manager():
+                    outputs = trainer.model(
+                        input_ids=inputs["input_ids"],
+                        attention_mask=inputs["attention_mask"],
+                        labels=labels,
+                        use_cache=False,
+                        fused_lm_head=True,
+                    )
+                    policies.append(torch.stack(outputs.log_probs.sum(dim=1).chunk(2), dim=1))
                     losses.append(float(trainer.compute_loss(trainer.model, inputs)))
         logged = trainer._metrics["eval"]
         metrics = {key: sum(values) / len(values) for key, values in logged.items()}
@@ -82,7 +99,86 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
         trainer._metrics["eval"].clear()
         trainer.ld_alpha = ld_alpha
         trainer.model.train(was_training)
-    return Scores(torch.cat(references).float().cpu(), metrics, sum(losses) / len(losses))
+    return Scores(
+        torch.cat(references).float().cpu(), torch.cat(policies).float().cpu(), metrics, sum(losses) / len(losses)
+    )
+
+
+def fingerprints(model: torch.nn.Module) -> dict[str, int]:
+    """A number for every parameter that changes with any bit of it, computed where the parameter lives.
+
+    `torch.hash_tensor` is the exclusive or of all elements: it cannot see two elements that change places, which no
+    optimizer step does.
+    """
+    with torch.no_grad():
+        return {
+            name: int(torch.hash_tensor(parameter.detach()).view(torch.int64))
+            for name, parameter in model.named_parameters()
+        }
+
+
+def check_movement(before: dict[str, int], after: dict[str, int], trained: set[str]) -> list[str]:
+    """What was frozen is as it was, and what trains is not.
+
+    Args:
+        before: `fingerprints` of the model at the start.
+        after: the same at the end.
+        trained: names of the trainable parameters.
+
+    Returns:
+        Trainable parameters that did not move: an expert that no token was routed to is one, and it is no error.
+
+    Raises:
+        PipelineError: a frozen parameter moved, or nothing that should train did.
+    """
+    moved = {name for name, number in after.items() if before[name] != number}
+    if moved - trained:
+        name = sorted(moved - trained)[0]
+        raise _broken(
+            f"a frozen parameter moved: {name} ({len(moved - trained)} in all)",
+            "weights are opened by `unfreeze` alone; check `options` for an optimizer that trains more",
+            code="frozen-moved",
+        )
+    still = sorted(trained - moved)
+    if len(still) == len(trained):
+        raise _broken(
+            "no parameter moved: the run trained nothing",
+            "raise the learning rate, or train more than the steps of the warm-up",
+            code="nothing-moved",
+        )
+    return still
+
+
+def check_saved(
+    policy: torch.Tensor, reference: torch.Tensor, trained: Scores, tolerance: Tolerance, beta: float
+) -> dict[str, float]:
+    """The two saved folders, reopened by stock PEFT, give what the trainer gave.
+
+    Args:
+        policy: `[N, 2]` nats of the saved DPO adapter on a fresh base, on the proof's pairs.
+        reference: the same of the SFT adapter.
+        trained: the trainer's scores after the last step.
+        tolerance: by precision.
+        beta: DPO's beta, which makes rewards of log-ratios (Rafailov et al. 2023, equation 7).
+
+    Returns:
+        The largest differences: `policy` in nats, `margin` in rewards.
+
+    Raises:
+        PipelineError: they differ: what was saved is not what was trained.
+    """
+    apart = float((policy - trained.policy).abs().max())
+    chosen_logratios, rejected_logratios = (policy - reference).unbind(dim=1)
+    trained_chosen, trained_rejected = (trained.policy - trained.reference).unbind(dim=1)
+    margins = beta * (chosen_logratios - rejected_logratios)
+    margins_apart = float((margins - beta * (trained_chosen - trained_rejected)).abs().max())
+    if not (apart <= tolerance.start and margins_apart <= 4 * beta * tolerance.start):
+        raise _broken(
+            f"the saved adapter is not the trained policy: {apart:.4g} nats apart, margins {margins_apart:.4g}",
+            "something that was trained was not saved; open weights by `unfreeze` only",
+            code="saved-differs",
+        )
+    return {"policy": apart, "margin": margins_apart}
 
 
 def check_start(
@@ -138,6 +234,20 @@ def check_drift(before: torch.Tensor, after: torch.Tensor, tolerance: Tolerance)
             code="reference-moved",
         )
     return drift
+
+
+def write_proof(folder: Path, pairs: Sequence[Pair], policy: torch.Tensor, reference: torch.Tensor) -> None:
+    """Keeps the pairs and what the saved folders made of them, so that `pipeline verify` can repeat the proof.
+
+    Args:
+        folder: the run's.
+        pairs: N tokenised pairs.
+        policy: `[N, 2]` nats under the saved DPO adapter: chosen, rejected.
+        reference: the same under the SFT adapter.
+    """
+    rows = zip(pairs, policy.tolist(), reference.tolist(), strict=True)
+    kept = [{**pair._asdict(), "policy": ours, "reference": theirs} for pair, ours, theirs in rows]
+    write_json(folder / PROOF, {"pairs": kept})
 
 
 def _broken(message: str, mend: str, code: str = "wrong-start") -> PipelineError:

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.training.reference import Scores, Tolerance, check_drift, check_start, reference_hash, tolerance_for
+from pipeline.training.proof import (
+    Scores,
+    Tolerance,
+    check_drift,
+    check_movement,
+    check_saved,
+    check_start,
+    fingerprints,
+    reference_hash,
+    tolerance_for,
+)
 
 TOLERANCE = Tolerance(start=0.02, drift=0.0)
 REFERENCE = torch.tensor([[-10.0, -12.0], [-9.0, -11.0]])
@@ -15,7 +25,7 @@ REFERENCE = torch.tensor([[-10.0, -12.0], [-9.0, -11.0]])
 
 def scores(*, loss: float = math.log(2), **rewards: float) -> Scores:
     metrics = {f"rewards/{name}": rewards.get(name, 0.0) for name in ("chosen", "rejected", "margins")}
-    return Scores(REFERENCE, metrics, loss)
+    return Scores(REFERENCE, REFERENCE, metrics, loss)
 
 
 def start(given: Scores, reopened: torch.Tensor = REFERENCE, *, plain_sigmoid: bool = True) -> None:
@@ -68,3 +78,39 @@ def test_the_hash_names_base_adapter_and_template() -> None:
     assert named == hashlib.sha256("\n".join([*parts, ""]).encode()).hexdigest()
     for at in range(3):
         assert reference_hash(*[part if i != at else "d" * 64 for i, part in enumerate(parts)]) != named
+
+
+def test_a_fingerprint_sees_one_bit() -> None:
+    model = torch.nn.Linear(3, 2)
+    before = fingerprints(model)
+    assert fingerprints(model) == before
+    with torch.no_grad():
+        model.weight[1, 2] = torch.nextafter(model.weight[1, 2], torch.tensor(9.0))
+    after = fingerprints(model)
+    assert (after["weight"] != before["weight"], after["bias"] == before["bias"]) == (True, True)
+
+
+def test_movement() -> None:
+    before = {"base": 1, "lora_A": 2, "lora_B": 3}
+    assert check_movement(before, {"base": 1, "lora_A": 5, "lora_B": 6}, {"lora_A", "lora_B"}) == []
+    assert check_movement(before, {"base": 1, "lora_A": 5, "lora_B": 3}, {"lora_A", "lora_B"}) == ["lora_B"]
+    with pytest.raises(PipelineError, match="frozen parameter moved: base") as caught:
+        check_movement(before, {"base": 9, "lora_A": 5, "lora_B": 6}, {"lora_A", "lora_B"})
+    assert caught.value.code == "frozen-moved"
+    with pytest.raises(PipelineError) as caught:
+        check_movement(before, before, {"lora_A", "lora_B"})
+    assert caught.value.code == "nothing-moved"
+
+
+def test_the_saved_folders_must_give_what_the_trainer_gave() -> None:
+    policy = REFERENCE + torch.tensor([[1.0, -1.0], [0.5, 0.0]])
+    trained = Scores(REFERENCE, policy, {}, 0.0)
+    found = check_saved(policy + 0.01, REFERENCE, trained, TOLERANCE, beta=0.1)
+    assert found["policy"] == pytest.approx(0.01, abs=1e-5)
+    assert found["margin"] == pytest.approx(0.0, abs=1e-6)  # chosen and rejected moved alike
+    wrong = policy.clone()
+    wrong[1, 0] += 0.03
+    for other in (wrong, policy * float("nan")):
+        with pytest.raises(PipelineError, match="not the trained policy") as caught:
+            check_saved(other, REFERENCE, trained, TOLERANCE, beta=0.1)
+        assert caught.value.code == "saved-differs"
