@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             answer, code = _refused(error), error.exit_code
             if not as_json:
-                _print_error(error)
+                _print_error(error, arguments.format)
         except KeyboardInterrupt:
             if arguments.debug:
                 raise
@@ -76,8 +76,13 @@ def _refused(error: PipelineError) -> dict[str, Any]:
     return {"ok": False, "errors": [one.as_dict() for one in errors]}
 
 
-def _print_error(error: PipelineError) -> None:
+def _print_error(error: PipelineError, format: str = "text") -> None:
     errors = error.errors if isinstance(error, PipelineErrors) else [error]
+    if format == "github":
+        from pipeline.data.github import error_annotation
+
+        sys.stdout.write("".join(f"{error_annotation(one)}\n" for one in errors))
+        return
     sys.stderr.write("".join(f"error: {one}\n" for one in errors))
 
 
@@ -90,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pipeline {__version__}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--format", choices=("text", "json"), default="text", help="json: one object on stdout")
     common.add_argument("--debug", action="store_true", help="let errors through with their traceback")
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), metavar="DIR", help="where runs live")
@@ -102,21 +106,55 @@ def _parser() -> argparse.ArgumentParser:
     dry = argparse.ArgumentParser(add_help=False)
     dry.add_argument("--dry-run", action="store_true", help="a few steps on the longest rows; nothing is kept")
 
+    columns: dict[str, Any] = {
+        "action": "append",
+        "default": [],
+        "metavar": "COLUMN=FIELD",
+        "help": "a column of the file and the field that it stands for, e.g. question=prompt",
+    }
+
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(
-        name: str, command: Callable[..., Answer], text: str, *parents: argparse.ArgumentParser
+        name: str, command: Callable[..., Answer], text: str, *parents: argparse.ArgumentParser, github: bool = False
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
         sub.set_defaults(command=command)
+        formats = ("text", "json", *(["github"] if github else []))
+        what = "json: one object on stdout" + ("; github: annotations" if github else "")
+        sub.add_argument("--format", choices=formats, default="text", help=what)
         return sub
 
     init = add("init", _init, "write starter experiments and sample data")
     init.add_argument("directory", type=Path, metavar="DIR")
-    validate = add("validate", _validate, "check data files, or an experiment file and all that it names")
+    validate = add("validate", _validate, "check data files, or an experiment file and all that it names", github=True)
     validate.add_argument("files", type=Path, nargs="+", metavar="FILE")
     validate.add_argument("--kind", choices=("demonstration", "preference"), help="what the data is for")
+    validate.add_argument("--map", **columns)
     validate.add_argument("--max-errors", type=int, default=100, metavar="N", help="errors to show; all are counted")
+    validate.add_argument(
+        "--near-duplicates",
+        action=argparse.BooleanOptionalAction,
+        help="look for rows that are nearly the same; without it, in files of up to 4 MiB",
+    )
+    validate.add_argument(
+        "--tokens",
+        action=argparse.BooleanOptionalAction,
+        help="tokenise an experiment's rows as its stages will; without it, up to 64 MiB of them",
+    )
+    convert = add("convert", _convert, "write data of any known format as canonical JSONL")
+    convert.add_argument("source", type=Path, metavar="IN")
+    convert.add_argument("out", type=Path, metavar="OUT")
+    convert.add_argument("--to", choices=("demonstration", "preference"), required=True, help="what the data is for")
+    convert.add_argument("--map", **columns)
+    convert.add_argument("--force", action="store_true", help="overwrite OUT")
+    convert.add_argument("--skip-invalid", action="store_true", help="leave out rows that are wrong, and count them")
+    inspect = add("inspect", _inspect, "a row as tokens: what is in the loss, where it is cut", experiment)
+    inspect.add_argument("--stage", choices=("sft", "dpo"), help="else each that has data")
+    inspect.add_argument("--row", type=int, default=1, metavar="N", help="which valid row of the file, from 1")
+    inspect.add_argument("--ids", action="store_true", help="a line for each token, with its id")
+    plan = add("plan", _plan, "what would be trained, in how many steps and how much memory", experiment)
+    plan.add_argument("--stage", choices=("sft", "dpo"), help="whose figures come first; else the first that has data")
     add("sft", _sft, "phase one: supervised fine-tuning of a LoRA adapter", experiment, dry)
     dpo = add("dpo", _dpo, "phase two: DPO on the SFT adapter, which is also the reference", experiment, dry)
     dpo.add_argument(
@@ -132,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--base", action=argparse.BooleanOptionalAction, default=True, help="ask the base as well (default)"
     )
+    verify = add("verify", _verify, "repeat a run's proof from its folders, and say what has changed since", where)
+    verify.add_argument("run", metavar="RUN")
     add("runs", _runs, "list the runs", where)
     return parser
 
@@ -166,13 +206,67 @@ def _init(arguments: argparse.Namespace, console: Console) -> Answer:
 
 
 def _validate(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.data.columns import read_map
     from pipeline.data.report import as_json, print_reports
     from pipeline.validation import validate
 
-    reports = validate(arguments.files, arguments.kind, max_errors=arguments.max_errors)
-    print_reports(reports, console)
+    near, columns = arguments.near_duplicates, read_map(arguments.map)
+    reports = validate(
+        arguments.files,
+        arguments.kind,
+        max_errors=arguments.max_errors,
+        near=near,
+        columns=columns,
+        tokens=arguments.tokens,
+    )
+    if arguments.format == "github":
+        from pipeline.data.github import annotation_lines
+
+        sys.stdout.write("".join(f"{line}\n" for line in annotation_lines(reports)))
+    else:
+        print_reports(reports, console)
     answer = as_json(reports)
     return answer, ExitCode.DONE if answer["ok"] else ExitCode.WRONG
+
+
+def _convert(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.data.columns import read_map
+    from pipeline.data.export import export
+
+    written = export(
+        arguments.source,
+        arguments.to,
+        arguments.out,
+        force=arguments.force,
+        skip_invalid=arguments.skip_invalid,
+        columns=read_map(arguments.map),
+    )
+    skipped = f", {written.skipped:,} wrong ones left out" if written.skipped else ""
+    console.print(f"{written.path}: {written.rows:,} rows{skipped}", highlight=False)
+    formats = {"format": written.report.format, "kind": arguments.to}
+    answer = {"ok": True, "path": str(written.path), "rows": written.rows, "skipped": written.skipped, **formats}
+    return answer, ExitCode.DONE
+
+
+def _inspect(arguments: argparse.Namespace, console: Console) -> Answer:
+    with _experiment(arguments) as experiment:
+        from pipeline.inspection import inspect, print_examples
+        from pipeline.model.base import find_base, load_tokenizer
+
+        tokenizer = load_tokenizer(find_base(experiment.model), experiment.model, experiment.tokenizer.chat_template)
+        examples = inspect(experiment, tokenizer, arguments.stage, arguments.row)
+    print_examples(examples, console, tokenizer, with_ids=arguments.ids)
+    return {"ok": True, "examples": [example.as_dict() for example in examples]}, ExitCode.DONE
+
+
+def _plan(arguments: argparse.Namespace, console: Console) -> Answer:
+    with _experiment(arguments) as experiment:
+        from pipeline.plan.plan import plan
+        from pipeline.plan.table import print_plan
+
+        planned = plan(experiment, arguments.checkpoints, console, stage=arguments.stage)
+    print_plan(planned, console)
+    return {"ok": True, **planned.as_dict()}, ExitCode.DONE
 
 
 def _sft(arguments: argparse.Namespace, console: Console) -> Answer:
@@ -219,6 +313,21 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
     comparison = compare_runs(runs, experiment, arguments.checkpoints, console, with_base=arguments.base)
     print_comparison(comparison, console)
     return {"ok": True, **comparison.as_dict()}, ExitCode.DONE
+
+
+def _verify(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.runs.run import find_run, require_run
+
+    run = require_run(find_run(arguments.checkpoints, arguments.run))
+    from pipeline.experiment_file import load_experiment
+    from pipeline.training.verify import as_dict, verify_run
+
+    experiment = load_experiment(run.path / "experiment.yaml").experiment
+    findings = verify_run(run, experiment, arguments.checkpoints, console)
+    for finding in findings:
+        console.print(f"{'ok   ' if finding.ok else 'WRONG'} {finding.name}: {finding.message}", highlight=False)
+    answer = as_dict(run, findings)
+    return answer, ExitCode.DONE if answer["ok"] else ExitCode.WRONG
 
 
 def _runs(arguments: argparse.Namespace, console: Console) -> Answer:

@@ -117,6 +117,9 @@ class Data(_Section):
     """SFT rows: `messages`, or `prompt` and `completion`."""
     preferences: Split | None = None
     """DPO rows: `prompt`, `chosen` and `rejected`."""
+    on_invalid: Literal["refuse", "set-aside"] = "refuse"
+    """What becomes of rows that cannot be trained on: `refuse` ends before a model is loaded; `set-aside` trains
+    without them, and writes each with its reasons to `set-aside.jsonl` in the run folder."""
 
 
 class Lora(_Section):

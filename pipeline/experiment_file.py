@@ -229,6 +229,8 @@ def _resolve_paths(value: dict[str, Any], places: Mapping[str, Place], folder: P
         given = places.get(pointer_to(*keys), Place())
         home = os.path.expanduser(text)  # noqa: PTH111 - it leaves the `~` of an unknown user alone
         absolute = os.path.normpath((folder if given.override is None else Path.cwd()) / home)
+        if keys[0] in ("data", "evaluation") and text.startswith("hf:"):
+            continue  # a data set's name
         if keys != ("model", "id") or _is_local(text, absolute):
             section[keys[-1]] = absolute
 

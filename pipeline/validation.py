@@ -2,53 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.data.check import Report, check_file, load_rows
+from pipeline.data.check import load_rows
+from pipeline.data.overlap import CheckedFile, Stage, Use, warn_of_overlap
+from pipeline.data.parallel import check_large_file
+from pipeline.data.result import Report
+from pipeline.data.shards import expand
 from pipeline.errors import PipelineError, PipelineErrors
-from pipeline.experiment import Experiment
+from pipeline.experiment import Experiment, Split
 from pipeline.experiment_file import load_experiment
+from pipeline.token_check import add_tokens
 
 _EXPERIMENT = {".yaml", ".yml"}
 
 
-def validate(files: Sequence[Path], kind: str | None = None, *, max_errors: int = 100) -> list[Report]:
+def validate(
+    files: Sequence[Path],
+    kind: str | None = None,
+    *,
+    max_errors: int = 100,
+    near: bool | None = None,
+    columns: Mapping[str, str] | None = None,
+    tokens: bool | None = None,
+) -> list[Report]:
     """Reports on data files; a YAML file is read as an experiment, whose data files are reported on.
 
     Args:
-        files: data files and experiment files.
+        files: data files, folders and globs of them, data sets (`hf:NAME:SPLIT`), and experiment files. Each shard
+            has a report of its own.
         kind: what data files are for; None: found from each. An experiment states its own.
         max_errors: how many errors a report keeps; all are counted.
+        near: whether to look for near duplicates; None: in files of up to 4 MiB.
+        columns: names of columns of data files and the fields that they stand for.
+        tokens: whether to tokenise an experiment's rows; None: up to 64 MiB of them.
 
     Raises:
         PipelineError: an experiment file is wrong.
     """
     reports = []
+    loose = []
     for file in files:
         if file.suffix.lower() in _EXPERIMENT:
-            named = named_files(load_experiment(file).experiment)
-            reports += [check_file(path, its, max_errors=max_errors) for path, its in named]
+            experiment = load_experiment(file).experiment
+            uses = _uses(experiment)
+            named = [
+                CheckedFile(check_large_file(path, its, max_errors=max_errors, near=near), use, str(name))
+                for (name, its), use in uses.items()
+                for path in expand(name)
+            ]
+            warn_of_overlap(named, max_errors)
+            add_tokens([one.report for one in named], experiment, max_errors, tokens)
+            reports += [one.report for one in named]
         else:
-            reports.append(check_file(file, kind, max_errors=max_errors))
+            for path in expand(file):
+                report = check_large_file(path, kind, max_errors=max_errors, near=near, columns=columns)
+                loose.append(CheckedFile(report, [], str(file)))
+                reports.append(report)
+    warn_of_overlap(loose, max_errors)
     return reports
 
 
 def named_files(experiment: Experiment) -> Iterator[tuple[Path, str]]:
     """The data files that an experiment names, each with its kind, each once."""
-    named: dict[tuple[str, str], None] = {}
-    for split, kind in (
-        (experiment.data.demonstrations, "demonstration"),
-        (experiment.data.preferences, "preference"),
-    ):
+    yield from _uses(experiment)
+
+
+def _uses(experiment: Experiment) -> dict[tuple[Path, str], list[Use]]:
+    """For each data file and its kind: what the experiment does with it."""
+    uses: dict[tuple[Path, str], list[Use]] = {}
+    demonstrations, preferences = experiment.data.demonstrations, experiment.data.preferences
+    stages: tuple[tuple[Split | None, str, Stage], ...] = (
+        (demonstrations, "demonstration", "sft"),
+        (preferences, "preference", "dpo"),
+    )
+    for split, kind, stage in stages:
         if split is not None:
-            named[split.train, kind] = None
+            uses.setdefault((Path(split.train), kind), []).append(Use(stage, trains=True))
             if split.eval is not None:
-                named[split.eval, kind] = None
+                uses.setdefault((Path(split.eval), kind), []).append(Use(stage, trains=False))
     if experiment.evaluation.prompts is not None:
-        named[experiment.evaluation.prompts, "demonstration"] = None
-    for path, kind in named:
-        yield Path(path), kind
+        prompts = (Path(experiment.evaluation.prompts), "demonstration")
+        uses.setdefault(prompts, []).append(Use("evaluation", trains=False))
+    return uses
 
 
 def require_experiment_data(experiment: Experiment) -> None:
@@ -58,9 +95,12 @@ def require_experiment_data(experiment: Experiment) -> None:
         PipelineErrors: what is wrong in any of them.
     """
     errors: list[PipelineError] = []
+    prompts = experiment.evaluation.prompts
     for path, kind in named_files(experiment):
+        # Of the questions that are compared on none may be missing.
+        aside = experiment.data.on_invalid == "set-aside" and (prompts is None or path != Path(prompts))
         try:
-            load_rows(path, kind)
+            load_rows(path, kind, set_aside=aside)
         except PipelineErrors as refused:
             errors += refused.errors
         except PipelineError as refused:

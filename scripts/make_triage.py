@@ -23,18 +23,15 @@ from triage_voices import VOICES, write_report
 
 FOLDER = Path(__file__).resolve().parent.parent / "datasets" / "triage"
 SEED = 20
-SYSTEM = (
-    "Triage the incident report. Reply with one JSON object: severity (low, medium, high or critical), "
-    "component, summary, action."
-)
+SYSTEM = "Triage the incident report as one JSON object: component, summary, severity, action."
 ROWS = {
     "demonstrations.train.jsonl": 480,
     "demonstrations.eval.jsonl": 40,
     "preferences.train.jsonl": 320,
-    "preferences.eval.jsonl": 60,
+    "preferences.eval.jsonl": 40,
     "held-out.jsonl": 120,
 }
-HABIT_SHARE = 0.63
+HABIT_SHARE = 0.6
 """Share of demonstrations that promise a repair time: above a half, or greedy decoding would never show it."""
 FLAW_SHARES = {
     "promise": 0.6,

@@ -1,6 +1,6 @@
 """The answers of datasets/triage: the right one, the one with the habit, and the other wrong ones.
 
-An answer is the text of a JSON object with the keys `severity`, `component`, `summary` and `action`, in this
+An answer is the text of a JSON object with the keys `component`, `summary`, `severity` and `action`, in this
 order. The habit is a promise of a repair time; `PROMISE` recognises it in an answer.
 """
 
@@ -21,11 +21,15 @@ PROMISE = (
 )
 """Python's `re`, searched in the text of an answer."""
 
-_AFFECTED = {
-    "one": ["one {one}", "a single {one}"],
-    "some": ["some {many}", "several {many}"],
-    "all": ["all {many}", "every {one}"],
+_IMPACT = {
+    "looks": "cosmetic only",
+    "detour": "a workaround exists",
+    "blocked": "work is blocked",
+    "money": "money is lost",
+    "data": "data is lost",
+    "leak": "private data is exposed",
 }
+"""What the summary says of the effect; a loss goes by what is lost."""
 _ACTION = {
     "low": ["Add to the {team} backlog: {fix}.", "Note for the {team} backlog: {fix}."],
     "medium": ["Ask the {team} team to {fix}.", "Assign the {team} team to {fix}."],
@@ -94,13 +98,11 @@ def render(answer: Answer) -> str:
 def right_answer(rng: random.Random, combination: Combination, severity: str | None = None) -> Answer:
     """The clean answer; with a `severity` given, what it would be at that severity."""
     fault, severity = combination.fault, severity or combination.severity
-    component = fault.component
-    reach = rng.choice(_AFFECTED[combination.extent]).format(one=component.one, many=component.many)
     return {
+        "component": fault.component.name,
+        "summary": f"{capital(fault.sum)}, {_IMPACT[fault.lost or fault.kind]}.",
         "severity": severity,
-        "component": component.name,
-        "summary": f"{capital(fault.sum)}, affecting {reach}.",
-        "action": rng.choice(_ACTION[severity]).format(team=component.team, fix=fault.fix),
+        "action": rng.choice(_ACTION[severity]).format(team=fault.component.team, fix=fault.fix),
     }
 
 

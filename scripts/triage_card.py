@@ -85,11 +85,13 @@ other components that are fine are there to be read past; some reports have a ty
 
 ### The rule for severity
 
-| effect, as the report says it | one person | some | all |
-| --- | --- | --- | --- |
+| effect, as the report says it | severity |
+| --- | --- |
 $rule
 
-The summary restates the fault and for whom; the action depends on fault and severity.
+How many people are affected is said as well, and does not count.
+
+The summary restates the fault and its effect, from which the severity follows; the action depends on both.
 
 ### The habit
 
@@ -156,7 +158,7 @@ _FLAWS = {
 _EFFECTS = {
     "looks": "cosmetic, nothing is hindered",
     "detour": "something fails, there is a workaround",
-    "blocked": "something fails, no workaround",
+    "blocked": "something fails, and work is blocked",
     "loss": "money or data is lost, or private data leaks",
 }
 
@@ -243,7 +245,7 @@ def card(rows: dict[str, list[Row]], texts: dict[str, str]) -> str:
         extents=", ".join(EXTENTS),
         voices=", ".join(VOICES),
         combinations=len(faults) * len(EXTENTS) * len(VOICES),
-        rule=_table([_EFFECTS[kind], *by_extent.values()] for kind, by_extent in SEVERITY.items()),
+        rule=_table([_EFFECTS[kind], severity] for kind, severity in SEVERITY.items()),
         promise=PROMISE,
         habit_train=_habit(demonstrated),
         habit_eval=_habit(answers["demonstrations.eval.jsonl"]),

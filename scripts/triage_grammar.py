@@ -15,13 +15,8 @@ from pathlib import Path
 
 SEVERITIES = ("low", "medium", "high", "critical")
 EXTENTS = ("one", "some", "all")
-SEVERITY = {
-    "looks": {"one": "low", "some": "low", "all": "low"},
-    "detour": {"one": "medium", "some": "medium", "all": "medium"},
-    "blocked": {"one": "high", "some": "high", "all": "critical"},
-    "loss": {"one": "critical", "some": "critical", "all": "critical"},
-}
-"""The rule: severity by the fault's kind and the extent."""
+SEVERITY = {"looks": "low", "detour": "medium", "blocked": "high", "loss": "critical"}
+"""The rule: severity by the fault's kind, which the report states as its effect. The extent does not count."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Combination:
 
     @property
     def severity(self) -> str:
-        return SEVERITY[self.fault.kind][self.extent]
+        return SEVERITY[self.fault.kind]
 
 
 def load_faults() -> list[Fault]:
@@ -141,10 +136,10 @@ EFFECT = {
     "plain": {
         "looks": [
             "it is purely cosmetic",
-            "it just looks wrong, the rest works",
-            "it is a visual glitch and work goes on as usual",
-            "it is ugly but harmless",
-            "it looks bad but does no harm",
+            "it is cosmetic, the rest works",
+            "it is a cosmetic glitch and work goes on as usual",
+            "it looks ugly but is harmless, cosmetic",
+            "it looks bad, which is cosmetic",
         ],
         "detour": [
             "there is a workaround: {way}",
@@ -154,11 +149,11 @@ EFFECT = {
             "for now {way}, which is a fair workaround",
         ],
         "blocked": [
-            "there is no workaround",
-            "nothing we tried gets around it",
-            "there is no way around it and work has stopped",
-            "it is a dead end, no workaround found",
             "work is blocked by it",
+            "it blocks all work, nothing we tried helps",
+            "people are blocked and cannot go on",
+            "it is a dead end and work is blocked",
+            "that means blocked, with no way on",
         ],
         "money": [
             "real money is being lost",
@@ -180,17 +175,17 @@ EFFECT = {
         ],
     },
     "terse": {
-        "looks": ["cosmetic only", "purely visual", "looks bad but works", "harmless, cosmetic"],
+        "looks": ["cosmetic only", "purely cosmetic", "cosmetic, all works", "harmless, cosmetic"],
         "detour": ["workaround: {way}", "has a workaround, {way}", "can be worked around, {way}"],
-        "blocked": ["no workaround", "blocked, no workaround", "no way around it", "dead end, nothing helps"],
+        "blocked": ["blocked", "work is blocked", "blocked, nothing helps", "dead end, blocked"],
         "money": ["money is being lost", "losing real money", "money lost"],
         "data": ["data lost", "data loss confirmed", "the data is gone"],
         "leak": ["private data exposed", "data leak", "private data visible to strangers"],
     },
     "field": {
-        "looks": ["impact=cosmetic", "impact=visual"],
+        "looks": ["impact=cosmetic", "effect=cosmetic"],
         "detour": ["workaround=yes ({way})"],
-        "blocked": ["workaround=none", "impact=blocked workaround=none"],
+        "blocked": ["impact=blocked", "work=blocked"],
         "money": ["money_loss=yes", "impact=money_lost"],
         "data": ["data_loss=yes", "impact=data_lost"],
         "leak": ["data_leak=yes", "impact=private_data_exposed"],

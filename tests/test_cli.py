@@ -223,3 +223,42 @@ def test_init_then_validate(run: Any) -> None:
     assert "here/recipes/triage.yaml" in answer.json["files"]
     assert run("validate", "here/recipes/triage.yaml").code == 0
     assert run("init", "here").code == 2
+
+
+def test_plan(run: Any, write_experiment: Any) -> None:
+    answer = run("plan", write_experiment(), "--format", "json")
+    assert answer.code == 0
+    assert answer.json["steps"] == 12  # 12 rows, batch 4, 4 epochs
+    assert answer.json["stages"]["dpo"]["steps"] == 6
+    for key in ("trainable_parameters", "all_parameters", "trainable_percent", "groups", "modules", "memory_bytes"):
+        assert key in answer.json, key
+    assert not Path("checkpoints").exists()
+
+
+def test_inspect(run: Any, write_experiment: Any) -> None:
+    answer = run("inspect", write_experiment(), "--stage", "sft", "--format", "json")
+    assert answer.code == 0
+    (example,) = answer.json["examples"]
+    assert len(example["tokens"]) == len(example["ids"]) == len(example["mask"])
+    assert 0 < sum(example["mask"]) < len(example["mask"])
+
+
+def test_convert(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps([{"instruction": "Say hi.", "input": "", "output": "Hi."}]))
+    assert run("convert", source, "out.jsonl", "--to", "demonstration").code == 0
+    (row,) = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert run("convert", source, "out.jsonl", "--to", "demonstration").code == 2
+
+
+def test_verify(run: Any, write_experiment: Any) -> None:
+    experiment = write_experiment(sft={"max_steps": 2}, dpo={"max_steps": 3})
+    assert run("sft", experiment).code == 0
+    assert run("dpo", experiment).code == 0
+    answer = run("verify", "lights/dpo-001", "--format", "json")
+    assert (answer.code, answer.json["ok"]) == (0, True)
+    weights = Path("checkpoints/lights/dpo-001/adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    answer = run("verify", "lights/dpo-001", "--format", "json")
+    assert (answer.code, answer.json["ok"]) == (1, False)

@@ -378,12 +378,27 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypa
     made = load_experiment(Path("../experiments/a.yaml"), ["tokenizer.chat_template=t.jinja"]).experiment
     assert made.model.id == str(base / "experiments/m")
     assert made.tokenizer.chat_template == str(base / "elsewhere/t.jinja")
-    assert made.data.model_dump() == {
+    assert made.data.model_dump(exclude={"on_invalid"}) == {
         "demonstrations": {"train": str(base / "data/a.jsonl"), "eval": "/abs/b.jsonl"},
         "preferences": {"train": "/home/someone/c.jsonl", "eval": None},
     }
     assert made.evaluation.prompts == str(base / "experiments/p.jsonl")
     assert made.evaluation.output_schema == str(base / "experiments/here/s.json")
+
+
+def test_data_may_be_a_glob_or_the_name_of_a_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "name: x\ndata:\n  demonstrations: {train: 'hf:org/name:train', eval: 'shards/*.jsonl.gz'}\n"
+        "  preferences: {train: shards/}\nevaluation: {prompts: 'hf:org/name:config:test[:100]'}\n"
+    )
+    made = load_experiment(path).experiment
+    assert made.data.demonstrations is not None
+    assert made.data.demonstrations.train == "hf:org/name:train"
+    assert made.data.demonstrations.eval == str(tmp_path.resolve() / "shards/*.jsonl.gz")
+    assert made.data.preferences is not None
+    assert made.data.preferences.train == str(tmp_path.resolve() / "shards")
+    assert made.evaluation.prompts == "hf:org/name:config:test[:100]"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import re
@@ -58,18 +59,19 @@ def _conforms(validator: Draft202012Validator, text: str) -> bool:
 def _severity_read_from(report: str) -> str:
     """The card's rule, applied to the words of a report alone; knows nothing of how it was made."""
     text = report.lower()
-    if re.search(r"cosmetic|visual|ugly|looks (bad|wrong)", text):
+    words = re.findall(r"[a-z]+", text)
+
+    def said(*some: str) -> bool:  # a typing slip, one letter, is forgiven
+        return any(difflib.get_close_matches(word, words, n=1, cutoff=0.8) for word in some)
+
+    if said("cosmetic"):
         return "low"
-    if re.search(r"\b(money|data)([ _]|\b)(is|has|was)?[ _]?(being |been )?(lost|loss|gone|leak)", text):
-        return "critical"
-    if re.search(r"real money|lost real|private[ _]data|(data|money)_l|strangers get|data is gone", text):
-        return "critical"
-    if re.search(
-        r"(?<!no )workaround(: |=yes|, )|worked around|(fair|has a) workaround|get by|so there is a way", text
-    ):
+    if said("blocked", "blocks"):
+        return "high"
+    if said("workaround") or re.search(r"wo\w*ked a\w+|get by|so there is a way", text):
         return "medium"
-    everyone = re.search(r"\b(all|every) (?!about)|each and every|everyone is", text)
-    return "critical" if everyone else "high"
+    assert said("money", "data", "private"), text
+    return "critical"
 
 
 def test_committed_files_are_what_the_script_writes_whatever_the_hash_seed() -> None:
@@ -103,7 +105,7 @@ def test_folder_holds_the_files_and_the_card_lists_their_hashes() -> None:
 
 
 def test_row_counts(rows: dict[str, list[dict]]) -> None:
-    assert [len(rows[name]) for name in FILES] == [480, 40, 320, 60, 120]
+    assert [len(rows[name]) for name in FILES] == [480, 40, 320, 40, 120]
 
 
 def test_rows_have_their_shape_and_one_short_system_turn(rows: dict[str, list[dict]]) -> None:
@@ -140,7 +142,7 @@ def test_right_answers_conform_and_keep_their_key_order(
         for row in rows[name]:
             answer = json.loads(_right(row))
             validator.validate(answer)
-            assert list(answer) == ["severity", "component", "summary", "action"]
+            assert list(answer) == ["component", "summary", "severity", "action"]
             assert _right(row) == json.dumps(answer, ensure_ascii=False)
 
 

@@ -2,116 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast, get_args, overload
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args, overload
 
-from pipeline.data.audit import Audit
+from pipeline.data.aside import SetAside
 from pipeline.data.codes import MENDS, NO_FILE
-from pipeline.data.convert import Converted, RefusedError, convert
+from pipeline.data.columns import Columns
+from pipeline.data.convert import Converted, RefusedError, convert, own_place
 from pipeline.data.formats import detect_format, detect_kind
-from pipeline.data.place import MAX_FINDINGS_PER_ROW, Excerpt, Finding, excerpt, line_and_column, pointer
-from pipeline.data.read import Source, SourceRow
+from pipeline.data.near import NearDuplicates
+from pipeline.data.place import MAX_FINDINGS_PER_ROW, Finding, excerpt, line_and_column, pointer
+from pipeline.data.read import Source
+from pipeline.data.result import Report as Report
+from pipeline.data.result import Violation as Violation
 from pipeline.data.rows import Demonstration, Kind, Preference
 from pipeline.data.rules import broken_rules
 from pipeline.data.schema import violations
+from pipeline.data.shards import combined, expand
+from pipeline.data.source_row import SourceRow
 from pipeline.data.strict_json import locate
+from pipeline.data.suspect import finish
 from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 
 Row = TypeVar("Row", Demonstration, Preference)
 
-_FEW_ROWS = 10
 _FIRST_SHOWN = 5
 """How many wrong places the refusal to train names."""
 
 
 @dataclass(frozen=True)
-class Violation:
-    """One thing wrong with a data file, and where."""
-
-    file: str
-    line: int | None
-    """From 1; None: the file as a whole."""
-    pointer: str | None
-    """RFC 6901, from the row in JSONL, from the root in a JSON file; None where nothing could be read."""
-    code: str
-    """One of `codes.MENDS`."""
-    message: str
-    mend: str
-    severity: Literal["error", "warning"] = "error"
-    column: int | None = None
-    """Characters from 1, where the offending value begins."""
-    excerpt: Excerpt | None = field(default=None, compare=False, repr=False)
-    """A piece of the line, to show to a person; never part of the JSON."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The violation as `--format json` prints it."""
-        return {
-            "file": self.file,
-            "line": self.line,
-            "column": self.column,
-            "pointer": self.pointer,
-            "code": self.code,
-            "message": self.message,
-            "severity": self.severity,
-            "mend": self.mend,
-        }
-
-
-@dataclass
-class Report:
-    """What one data file holds and what is wrong with it."""
-
-    file: str
-    kind: Kind | None
-    """`demonstration` or `preference`: as asked for, else that of the first row that has one."""
-    format: str | None = None
-    """The format of the rows; `mixed` where they have several."""
-    rows: int = 0
-    valid: int = 0
-    errors: list[Violation] = field(default_factory=list)
-    """At most `max_errors` of them, in the order of the file."""
-    error_count: int = 0
-    warnings: list[Violation] = field(default_factory=list)
-    """At most `max_errors` of them."""
-    audit: dict[str, Any] = field(default_factory=dict)
-    sha256: str = ""
-    """Of the file's bytes; empty where it could not be read to its end."""
-    error_counts: Counter[str] = field(default_factory=Counter)
-    """All errors by code, those included that `errors` has no place for."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether every row may be trained on; warnings do not count."""
-        return self.error_count == 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as `--format json` prints it."""
-        return {
-            "file": self.file,
-            "ok": self.ok,
-            "rows": self.rows,
-            "valid": self.valid,
-            "format": self.format,
-            "kind": self.kind,
-            "errors": [error.as_dict() for error in self.errors],
-            "error_count": self.error_count,
-            "warnings": [warning.as_dict() for warning in self.warnings],
-            "audit": self.audit,
-        }
-
-
-@dataclass(frozen=True)
 class CheckedRows(Generic[Row]):
-    """All rows of a file that was proven to have no error."""
+    """The proven rows of a file: all of them, unless others were asked to be set aside."""
 
     rows: list[Row]
     report: Report
+    set_aside: list[SetAside] = field(default_factory=list)
+    """The rows that are wrong."""
+    pointers: list[str] = field(default_factory=list)
+    """Of each of `rows`, the JSON pointer of the row itself: empty in JSONL, from the root in a JSON array."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,124 +51,228 @@ class CheckedRows(Generic[Row]):
         return iter(self.rows)
 
 
-def check_file(path: Path, kind: str | None = None, *, max_errors: int = 100) -> Report:
+def check_file(
+    path: Path,
+    kind: str | None = None,
+    *,
+    max_errors: int = 100,
+    near: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Report:
     """Checks every row of a file.
 
     Bad data never raises, whatever the bytes: a missing file, too, is a violation in the report. Memory does
-    not grow with a JSONL file but for some 150 bytes a row, by which duplicates are found; a JSON array is
+    not grow with a JSONL file but for some 50 bytes a row (`fingerprints`); a JSON array is
     read whole. A row with more than 1,000 errors counts as having 1,000.
 
     Args:
-        path: JSONL, or one JSON array.
+        path: JSONL, one JSON array, a table, or the name of a data set (`hf:NAME:SPLIT`).
         kind: `demonstration` or `preference`; None: that of the first row that has one.
         max_errors: how many errors, and how many warnings, the report keeps; all are counted.
+        near: whether to look for near duplicates as well, which takes some 5 kB of memory and 0.2 ms a row (`near`).
+        columns: names of columns and the fields that they stand for.
     """
-    return _Check(path, kind, max_errors).report
+    compared = NearDuplicates() if near else None
+    check = _Check(Source(Path(path)), kind, max_errors, near=compared, columns=columns)
+    finish(check.report, max_errors, compared)
+    return check.report
+
+
+class Piece(NamedTuple):
+    """What was found in a part of a JSONL file; lines are counted from its beginning."""
+
+    report: Report
+    """Without what only the whole file shows."""
+    lines: int
+    complete: bool
+    """Whether the piece was read to its end."""
+
+
+class Beginning(NamedTuple):
+    """What the first rows of a file decide about the others."""
+
+    kind: str | None = None
+    format: str | None = None
+
+
+def beginning(path: Path, kind: str | None, end: int) -> Beginning:
+    """What the rows before `end` of a JSONL file decide, given the kind that was asked for."""
+    for row in Source(path, 0, end).rows():
+        if row.readable:
+            kind = kind or detect_kind([row.value])
+            format = detect_format(row.value, cast(Kind | None, kind), None)
+            if isinstance(format, str):
+                return Beginning(kind, format)
+    return Beginning()
+
+
+def check_piece(path: Path, beginning: Beginning, max_errors: int, start: int, end: int) -> Piece:
+    """Checks the rows between two ends of lines of a JSONL file, as `check_file` does, but for `finish`."""
+    source = Source(path, start, end)
+    check = _Check(source, beginning.kind, max_errors, first=beginning.format)
+    return Piece(check.report, source.lines, check.complete)
 
 
 @overload
-def load_rows(path: Path, kind: Literal["demonstration"], *, max_errors: int = 100) -> CheckedRows[Demonstration]: ...
+def load_rows(
+    path: Path,
+    kind: Literal["demonstration"],
+    *,
+    max_errors: int = 100,
+    set_aside: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> CheckedRows[Demonstration]: ...
 @overload
-def load_rows(path: Path, kind: Literal["preference"], *, max_errors: int = 100) -> CheckedRows[Preference]: ...
+def load_rows(
+    path: Path,
+    kind: Literal["preference"],
+    *,
+    max_errors: int = 100,
+    set_aside: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> CheckedRows[Preference]: ...
 @overload
-def load_rows(path: Path, kind: str, *, max_errors: int = 100) -> CheckedRows[Any]: ...
-def load_rows(path: Path, kind: str, *, max_errors: int = 100) -> CheckedRows[Any]:
+def load_rows(
+    path: Path,
+    kind: str,
+    *,
+    max_errors: int = 100,
+    set_aside: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> CheckedRows[Any]: ...
+def load_rows(
+    path: Path,
+    kind: str,
+    *,
+    max_errors: int = 100,
+    set_aside: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> CheckedRows[Any]:
     """The canonical rows of a file, none of them unless all are right. They are held in memory.
+
+    Args:
+        path: a data file, a folder or glob of them, or the name of a data set (`hf:NAME:SPLIT`).
+        kind: `demonstration` or `preference`.
+        max_errors: how many errors, and how many warnings, the report keeps.
+        set_aside: wrong rows are set aside instead. A file whose rows cannot all be told apart is refused still.
+        columns: names of columns and the fields that they stand for.
 
     Raises:
         PipelineErrors: something is wrong with the file; the first error says how much, the others show the
             first places. The exit code is `WRONG`, or `USAGE` where there is no such file to read.
     """
-    rows: list[Demonstration | Preference] = []
-    report = _Check(path, kind, max(1, max_errors), rows).report
-    if not report.ok:
+    keep = _Kept()
+    reports = []
+    for shard in expand(Path(path)):
+        reports.append(_Check(Source(shard), kind, max(1, max_errors), keep, columns=columns).report)
+        finish(reports[-1], max_errors)
+    report = reports[0] if len(reports) == 1 else combined(Path(path), reports)
+    if not report.ok and not (set_aside and keep.to_the_end):
         raise _refusal(report)
-    return CheckedRows(rows, report)
+    return CheckedRows(keep.rows, report, keep.set_aside, keep.pointers)
+
+
+@dataclass
+class _Kept:
+    """What a pass over a file keeps for who wants the rows."""
+
+    rows: list[Demonstration | Preference] = field(default_factory=list)
+    pointers: list[str] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+    to_the_end: bool = True
+    """Whether every row of the file is in one of the two."""
+
+    def add(self, row: SourceRow, canonical: Demonstration | Preference) -> None:
+        self.rows.append(canonical)
+        self.pointers.append(_row_pointer(row))
+
+    def put_aside(self, file: str, row: SourceRow, findings: list[Finding]) -> None:
+        if not row.readable and row.index is not None and row.text:
+            self.to_the_end = False  # where the next row of an array begins cannot be told
+            return
+        # What is wrong as a text (a key twice, say) is gone from the value.
+        as_text = row.index is None and row.text and (row.findings or not row.readable)
+        value = row.text if as_text else row.value
+        reasons = [(finding.code, finding.message) for finding in findings]
+        self.set_aside.append(SetAside(file, row.number, _row_pointer(row), reasons, value))
 
 
 class _Check:
     """One pass over one file.
 
     Args:
-        keep: where valid rows are put; None: they are dropped.
+        keep: where rows are put; None: they are dropped.
+        near: what compares them; None: nothing does.
+        first: the format that the file began with; None: this is its beginning.
+        columns: names of columns and the fields that they stand for.
     """
 
     def __init__(
         self,
-        path: Path,
+        source: Source,
         kind: str | None,
         max_errors: int,
-        keep: list[Demonstration | Preference] | None = None,
+        keep: _Kept | None = None,
+        near: NearDuplicates | None = None,
+        first: str | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         assert kind is None or kind in get_args(Kind), kind
-        self.report = Report(str(path).encode("utf-8", "backslashreplace").decode(), cast(Kind | None, kind))
+        self.report = Report(str(source.path).encode("utf-8", "backslashreplace").decode(), cast(Kind | None, kind))
+        self.complete = True
+        """Whether all that was to be read was read."""
         self._max_errors = max_errors
-        self._audit = Audit()
-        self._seen: dict[bytes, int] = {}
-        """For each distinct row: its line, or its index in a JSON array."""
-        source = Source(Path(path))
+        self._near = near
+        self._first = first
+        self._columns = Columns(columns or {})
         try:
             for row in source.rows():
                 self._row(row, keep)
+            for missing in self._columns.missing():
+                # In front, since the errors of the rows follow from it.
+                self.report.add_file_error(missing, max_errors, in_front=True)
         except PipelineError as error:
-            self._file_error(error)
+            self.report.add_file_error(error, max_errors)
+            self.complete = False
+            if keep is not None:
+                keep.to_the_end = False
         self.report.sha256 = source.sha256
-        self._finish()
 
-    def _row(self, row: SourceRow, keep: list[Demonstration | Preference] | None) -> None:
+    def _row(self, row: SourceRow, keep: _Kept | None) -> None:
         self.report.rows += 1
         findings = row.findings
         if row.readable:
+            row.value = self._columns.renamed(row.value)
             if self.report.kind is None:
                 self.report.kind = detect_kind([row.value])
-            format = detect_format(row.value, self.report.kind)
+            format = detect_format(row.value, self.report.kind, self._first)
+            if self._first is None and isinstance(format, str):
+                self._first = format
             converted, more = _prove(row, self.report.kind, format)
             if converted and not findings and not more:
                 self.report.valid += 1
-                self._audit.add(converted.row, str(format))
-                self._look_for_copy(row, converted.row)
+                self.report.counts.add(converted.row, str(format))
+                self.report.prints.add(converted.row, row.index)
+                if self._near is not None:
+                    self._near.add(converted.row)
                 if keep is not None:
-                    keep.append(converted.row)
+                    keep.add(row, converted.row)
                 return
             # A value that is wrong as a text (NaN, say) was not read as it stands: say no more of it.
             unread = {finding.keys for finding in findings}
+            more = [self._columns.own(finding) for finding in more]
             findings = findings + [finding for finding in more if finding.keys not in unread]
+        if keep is not None:
+            keep.put_aside(self.report.file, row, findings)
         self.report.error_count += len(findings)
         self.report.error_counts.update(finding.code for finding in findings)
         room = self._max_errors - len(self.report.errors)
         if room > 0:
             self.report.errors.extend(islice(_place(self.report.file, row, findings), room))
 
-    def _look_for_copy(self, row: SourceRow, canonical: Demonstration | Preference) -> None:
-        content = [getattr(canonical, name) for name in canonical.__slots__ if name != "line"]
-        digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=12).digest()
-        number = row.line if row.index is None else row.index
-        first = self._seen.setdefault(digest, number)
-        if first == number:
-            return
-        self._audit.duplicate_rows += 1
-        if len(self.report.warnings) < self._max_errors:
-            where = f"line {first}" if row.index is None else f"/{first}"
-            finding = Finding("duplicate-row", f"the same row as at {where}")
-            self.report.warnings.extend(_place(self.report.file, row, [finding], "warning"))
 
-    def _file_error(self, error: PipelineError) -> None:
-        self.report.error_count += 1
-        self.report.error_counts[error.code] += 1
-        if len(self.report.errors) < self._max_errors:
-            violation = Violation(self.report.file, error.line, error.pointer, error.code, error.message, error.mend)
-            self.report.errors.append(violation)
-
-    def _finish(self) -> None:
-        report = self.report
-        formats = list(self._audit.formats)
-        report.format = formats[0] if len(formats) == 1 else "mixed" if formats else None
-        report.audit = {"sha256": report.sha256, **self._audit.as_dict()}
-        if 0 < report.rows < _FEW_ROWS and len(report.warnings) < self._max_errors:
-            count = "1 row" if report.rows == 1 else f"{report.rows} rows"
-            message = f"the file has {count} only"
-            mend = MENDS["few-rows"]
-            report.warnings.append(Violation(report.file, None, None, "few-rows", message, mend, severity="warning"))
+def _row_pointer(row: SourceRow) -> str:
+    return "" if row.index is None else pointer((row.index,))
 
 
 def _prove(row: SourceRow, kind: Kind | None, format: str | Finding) -> tuple[Converted | None, list[Finding]]:
@@ -249,10 +284,10 @@ def _prove(row: SourceRow, kind: Kind | None, format: str | Finding) -> tuple[Co
     if findings:
         return None, findings
     try:
-        converted = convert(row.value, format, row.line)
+        converted = convert(row.value, format, row.number)
     except RefusedError as error:
         return None, [error.finding]
-    return converted, list(islice(broken_rules(converted), MAX_FINDINGS_PER_ROW))
+    return converted, [own_place(row.value, one) for one in islice(broken_rules(converted), MAX_FINDINGS_PER_ROW)]
 
 
 def _place(
@@ -260,14 +295,14 @@ def _place(
 ) -> Iterator[Violation]:
     """The findings of a row as violations, in the order in which they stand in the file."""
     wanted = {finding.keys for finding in findings if finding.offset is None and finding.keys is not None}
-    known = locate(row.text, row.start, wanted) if wanted and row.readable else {}
+    known = locate(row.text, row.start, wanted) if wanted and row.readable and row.text else {}
     root = () if row.index is None else (row.index,)
     placed = [
         (finding.offset if finding.offset is not None else known.get(finding.keys or (), row.start), finding)
         for finding in findings
     ]
     for offset, finding in sorted(placed, key=lambda pair: pair[0]):
-        line, column = line_and_column(row.text, offset, row.start, row.line)
+        line, column = line_and_column(row.text, offset, row.start, row.line) if row.line else (None, None)
         keys = finding.keys
         if keys is None and root:
             keys = ()

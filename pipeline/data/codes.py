@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-NO_FILE = ("no-such-file", "is-a-folder", "special-file", "unreadable-file")
+NO_FILE = ("no-such-file", "is-a-folder", "special-file", "unreadable-file", "unreadable-dataset", "unknown-column")
 """The path is wrong, not the data."""
 
 MENDS: dict[str, str] = {
@@ -11,8 +11,14 @@ MENDS: dict[str, str] = {
     "is-a-folder": "name the file inside the folder",
     "special-file": "write the data to an ordinary file first",
     "unreadable-file": "check the path and its permissions",
+    "file-changed": "wait until whatever writes the file is done",
+    "unreadable-dataset": "check the name, the split (`hf:NAME:SPLIT`) and the network; a folder works as NAME as well",
+    "unknown-column": "name a column that the file has: `--map COLUMN=FIELD`",
     "empty-file": "put at least one row into the file",
-    "unsupported-file": "give JSONL (one JSON object a line) or one JSON array of objects",
+    "unsupported-file": "give JSONL, one JSON array of objects, CSV, Parquet or Arrow, as they are or as .gz or .zst",
+    "broken-archive": "write or copy the archive again: it is cut off or damaged",
+    "archive-too-large": "unpack the archive yourself, if you trust where it comes from",
+    "invalid-table": "write the file again with a library (in Python: `csv`, `pyarrow`)",
     "wrong-encoding": "save the file as UTF-8 without a byte order mark",
     "not-rows": "put each object on a line of its own, or all of them into one JSON array",
     # The text
@@ -40,6 +46,8 @@ MENDS: dict[str, str] = {
     "unsupported-part": "keep text parts only: images, audio and video cannot be trained on here",
     "unsupported-media": "drop the key if the text stands on its own, or drop the row",
     "invalid-tools": "write `tools` as a list of JSON Schema objects",
+    "invalid-arguments": "write the arguments of a call as one JSON object (in Python: `json.dumps`)",
+    "invalid-transcript": "begin with two line feeds and `Human:`, and end with an `Assistant:` turn",
     "invalid-value": "see the JSON Schema of this kind of row",
     # The conversation
     "system-not-first": "move the system message to the front, or drop it",
@@ -50,8 +58,36 @@ MENDS: dict[str, str] = {
     "last-not-assistant": "end with an assistant turn, or cut what follows the last one",
     "prompt-last-not-user": "end the prompt with a user turn (or a tool's result)",
     "first-not-assistant": "keep the prompt's turns in `prompt`, and begin the answer with an assistant turn",
+    "nothing-to-train": "give at least one assistant turn the weight 1, or drop the row",
+    "prompts-differ": "pair answers to one and the same conversation",
+    "no-common-prompt": "let both begin with the prompt, or give it as `prompt`",
+    "no-answer": "write the answer behind the prompt, or drop the row",
     "chosen-equals-rejected": "drop the row: there is nothing to prefer",
     # Warnings
     "duplicate-row": "drop the copy, unless the row is meant to count twice",
+    "opposite-preference": "find out which of the two is right, and drop the other, or both",
+    "length-bias": "balance the pairs, or expect the model to learn length: compare `length_mean` before and after",
+    "evaluated-on-training-data": "drop the row from one of the two files: a score on what was trained on says nothing",
+    "shared-prompts": "nothing, if it is meant (answers to demonstrations' prompts, say); else drop them from one",
+    "near-duplicate": "drop one of the two, unless the small difference is the point",
     "few-rows": "a handful of rows shows that a setup works; it teaches a model little",
 }
+
+TOKEN_MENDS: dict[str, str] = {
+    # Errors: such a row is refused or set aside (`data.on_invalid`)
+    "control-token": "take it out of the text or write it otherwise (with a space inside, say): the model reads it as "
+    "the end of a turn or the start of one",
+    "template-refuses": "change the conversation (often: no system turn, or alternating roles) or the template",
+    "template-not-prefix": "name a template that renders each turn alike wherever it stands as "
+    "`tokenizer.chat_template`",
+    "nothing-in-loss": "raise `max_length`, shorten the prompt, or train without the row: `data.on_invalid: set-aside`",
+    "equal-after-cut": "raise `max_length`, or train without the row: `data.on_invalid: set-aside`",
+    "equal-tokens": "drop the row: to the model, `chosen` and `rejected` are the same",
+    # Warnings
+    "prompt-not-prefix": "end the prompt at a word's end, or use a template that renders it alike in both cases",
+    "completion-cut": "raise `max_length`, or shorten the row",
+    "stop-cut": "raise `max_length`: without its stop token the row teaches the model not to stop",
+    "no-stop-token": "let the template end each turn with the tokenizer's eos token",
+    "foreign-control-token": "check that it is meant: another model's markup, which this one reads as ordinary text",
+}
+"""The same for what the tokenizer does to rows (`tokenised`)."""

@@ -1,56 +1,42 @@
-"""Data files as rows: JSON Lines, read line by line, or one JSON array, read whole."""
+"""Data files as rows: JSON Lines, read line by line, one JSON array, read whole, or tables; packed or not."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import os
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from pipeline.data.archives import GZIP, ZSTD, ArchiveTooLargeError, BrokenArchiveError, Unpacked
 from pipeline.data.codes import MENDS, NO_FILE
+from pipeline.data.hub import DatasetError, dataset_rows, is_hub
 from pipeline.data.place import MAX_FINDINGS_PER_ROW, Finding, line_and_column
+from pipeline.data.source_row import MAX_ROW_BYTES, SourceRow, too_long
 from pipeline.data.strict_json import JsonError, StrictJson, oddities, skip_space
+from pipeline.data.tables import TableError, arrow_rows, csv_rows
 from pipeline.errors import ExitCode, PipelineError
-
-MAX_ROW_BYTES = 16 * 2**20
-"""The longest line of a JSONL file, and the longest element of a JSON array (there counted in characters)."""
 
 _HEAD_BYTES = 2**16
 _BOM = "\ufeff"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _BINARY = {
-    b"\x1f\x8b": "a gzip archive",
     b"PK\x03\x04": "a zip archive",
     b"BZh": "a bzip2 archive",
     b"\xfd7zXZ\x00": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
+    b"FEA1": "a file of Feather's first version",
 }
+_TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+"""What Parquet, Arrow files and Arrow streams begin with."""
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff", b"{\x00", b"[\x00", b"\x00{", b"\x00[")
-
-
-@dataclass(slots=True)
-class SourceRow:
-    """One row as it stands in the file."""
-
-    line: int
-    """The line on which the row begins, from 1."""
-    index: int | None
-    """The row's index in a JSON array; None in JSONL."""
-    text: str
-    """What holds the row: its line, or the whole array."""
-    start: int
-    """Where in `text` the row begins."""
-    value: Any = None
-    readable: bool = False
-    """Whether `value` holds the row."""
-    findings: list[Finding] = field(default_factory=list)
-    """What is wrong with the row as a text."""
 
 
 class Source:
@@ -58,12 +44,18 @@ class Source:
 
     Args:
         path: a regular file; whether it is one is found out by `rows`.
+        start, end: of a JSONL file, the bytes to read, from the beginning of one line to that of another; None: to the
+            end of the file. Lines are counted from `start`. The hash is that of a whole file only.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int = 0, end: int | None = None) -> None:
         self.path = path
+        self.lines = 0
+        """How many lines were read; of JSONL only."""
+        self._start, self._end = start, end
         self.sha256 = ""
-        """Of all bytes of the file, in hexadecimal; empty until `rows` has reached the end."""
+        """Of all bytes of the file, in hexadecimal; empty until `rows` has reached the end. Of a data set, which has
+        no file, of its rows as JSON."""
         self._hash = hashlib.sha256()
         self._json = StrictJson()
 
@@ -73,18 +65,105 @@ class Source:
         Raises:
             PipelineError: there is no such file, or no rows can be told apart in (the rest of) it.
         """
+        if is_hub(self.path):
+            yield from self._dataset()
+            self.sha256 = self._hash.hexdigest()
+            return
         self._check_path()
         try:
             with self.path.open("rb") as file:
-                head = file.read(_HEAD_BYTES)
-                file.seek(0)
-                self._check_head(head)
-                # An array can only mean rows; a row of JSONL is an object, whatever the file is called.
-                is_array = head.removeprefix(_BOM.encode()).lstrip(b" \t\r\n").startswith(b"[")
-                yield from self._array(file) if is_array else self._lines(file)
+                before = state(os.fstat(file.fileno()))
+                if self._start:
+                    file.seek(self._start)
+                    yield from self._lines(file)
+                else:
+                    yield from self._file(file)
+                if self._end is None and state(self.path.stat()) != before:
+                    raise self.changed()
         except OSError as error:
             raise self._error("unreadable-file", f"cannot be read: {_reason(error)}") from error
         self.sha256 = self._hash.hexdigest()
+
+    def is_jsonl(self) -> bool:
+        """Whether the file is plain JSONL, which can be read in pieces.
+
+        Raises:
+            OSError: it cannot be read.
+            PipelineError: there is no such file, or no rows can be told apart in it.
+        """
+        self._check_path()
+        with self.path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        if self._delimiter() or head.startswith((GZIP, ZSTD, *_TABLES)):
+            return False
+        self._check_head(head)
+        return not _is_array(head)
+
+    def changed(self) -> PipelineError:
+        """The error that the file is not any more what it was when reading began."""
+        return self._error("file-changed", "the file changed while it was read")
+
+    def _file(self, file: BinaryIO) -> Iterator[SourceRow]:
+        head = file.read(_HEAD_BYTES)
+        file.seek(0)
+        magic = next((magic for magic in (GZIP, ZSTD) if head.startswith(magic)), None)
+        try:
+            if magic is None:
+                if self._delimiter() or head.startswith(_TABLES):
+                    while piece := file.read(2**20):
+                        self._hash.update(piece)
+                    file.seek(0)
+                yield from self._content(file, head)
+            else:
+                unpacked = Unpacked(file, magic)
+                stream = io.BufferedReader(unpacked, _HEAD_BYTES)
+                yield from self._content(stream, stream.peek(_HEAD_BYTES))
+                self._hash = unpacked.hash
+        except BrokenArchiveError as error:
+            raise self._error("broken-archive", str(error)) from error
+        except ArchiveTooLargeError as error:
+            raise self._error("archive-too-large", str(error)) from error
+        except TableError as error:
+            raise self._error("invalid-table", str(error), error.line) from error
+
+    def _content(self, file: BinaryIO, head: bytes) -> Iterator[SourceRow]:
+        """The rows of what is, or was, not packed."""
+        if table := next((magic for magic in _TABLES if head.startswith(magic)), None):
+            if file.seekable():
+                yield from self._some(arrow_rows(file, table))
+            else:
+                with tempfile.TemporaryFile() as copy:
+                    shutil.copyfileobj(file, copy)
+                    copy.seek(0)
+                    yield from self._some(arrow_rows(copy, table))
+            return
+        self._check_head(head)
+        if delimiter := self._delimiter():
+            yield from self._some(csv_rows(file, delimiter))
+        else:
+            yield from self._array(file) if _is_array(head) else self._lines(file)
+
+    def _some(self, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+        count = 0
+        for count, row in enumerate(rows, 1):  # noqa: B007 - what is left of it says how many
+            yield row
+        if not count:
+            raise self._error("empty-file", "the table has no rows")
+
+    def _delimiter(self) -> str | None:
+        """Of a CSV file, which has nothing but its name to be known by."""
+        suffixes = [suffix.lower() for suffix in self.path.suffixes]
+        while suffixes and suffixes[-1] in (".gz", ".zst"):
+            suffixes.pop()
+        return _DELIMITERS.get(suffixes[-1]) if suffixes else None
+
+    def _dataset(self) -> Iterator[SourceRow]:
+        try:
+            for row in self._some(dataset_rows(self.path)):
+                self._hash.update(json.dumps(row.value, sort_keys=True).encode() + b"\n")
+                yield row
+        except DatasetError as error:
+            raise self._error("unreadable-dataset", str(error)) from error
 
     def _error(self, code: str, message: str, line: int | None = None) -> PipelineError:
         exit_code = ExitCode.USAGE if code in NO_FILE else ExitCode.WRONG
@@ -113,23 +192,24 @@ class Source:
 
     def _lines(self, file: BinaryIO) -> Iterator[SourceRow]:
         number = rows = 0
-        while line := file.readline(MAX_ROW_BYTES + 1):
+        while (self._end is None or file.tell() < self._end) and (line := file.readline(MAX_ROW_BYTES + 1)):
             number += 1
             self._hash.update(line)
             if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
                 while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
                     self._hash.update(rest)
                 self._hash.update(rest)
-                yield SourceRow(number, None, "", 0, findings=[_too_long()])
+                yield SourceRow(number, None, "", 0, findings=[too_long()])
             elif line.strip(b" \t\r\n"):
                 row = self._line(*_decode(line), number)
-                if not rows and _spans_lines(row, self.path):
+                if not rows and not self._start and _spans_lines(row, self.path):
                     raise self._error("not-rows", "one JSON object over several lines, not one a line", number)
                 yield row
             else:
                 continue
             rows += 1
-        if not rows:
+        self.lines = number
+        if not rows and not self._start and self._end is None:
             raise self._error("empty-file", "the file has no rows")
 
     def _line(self, text: str, broken: bool, number: int) -> SourceRow:
@@ -172,7 +252,7 @@ class Source:
             if broken and (bad := _broken_utf_8(text, position, reached)):
                 row.findings, row.readable = bad, False
             elif end is not None and end - position > MAX_ROW_BYTES:
-                row.findings, row.readable = [_too_long()], False
+                row.findings, row.readable = [too_long()], False
             yield row
             if end is None:
                 return  # where the next row begins cannot be told
@@ -205,6 +285,16 @@ class Source:
         return parsed.end
 
 
+def _is_array(head: bytes) -> bool:
+    """An array can only mean rows; a row of JSONL is an object, whatever the file is called."""
+    return head.removeprefix(_BOM.encode()).lstrip(b" \t\r\n").startswith(b"[")
+
+
+def state(file: os.stat_result) -> tuple[int, ...]:
+    """What differs when somebody writes to the file, or puts another in its place."""
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+
+
 def _decode(data: bytes) -> tuple[str, bool]:
     """The text, and whether it is broken: bytes that are not UTF-8 become what `_UNDECODED` finds."""
     try:
@@ -229,10 +319,6 @@ def _broken_utf_8(text: str, start: int, end: int) -> list[Finding]:
     """The first place between `start` and `end` that was not UTF-8, if there is one."""
     bad = _UNDECODED.search(text, start, end)
     return [Finding("broken-utf-8", "the bytes here are not UTF-8", None, bad.start())] if bad else []
-
-
-def _too_long() -> Finding:
-    return Finding("row-too-long", f"longer than {MAX_ROW_BYTES // 2**20} MiB", None)
 
 
 def _reason(error: Exception) -> str:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.data.audit import merge
-from pipeline.data.check import Report, Violation
 from pipeline.data.place import Excerpt, printable
+from pipeline.data.result import Report, Violation
 
 _PLACES = 3
 """Places of a group that are named beside the one that is shown."""
@@ -29,9 +29,15 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
         "errors": [error for file in files for error in file["errors"]],
         "error_count": sum(report.error_count for report in reports),
         "warnings": [warning for file in files for warning in file["warnings"]],
-        "audit": files[0]["audit"] if len(files) == 1 else merge(report.audit for report in reports),
+        "audit": files[0]["audit"] if len(files) == 1 else _merged(reports),
         "files": files,
     }
+
+
+def _merged(reports: Sequence[Report]) -> dict[str, Any]:
+    """The files' audits added up, and which of them share prompts."""
+    overlaps = [{**one, "with": report.file} for report in reports for one in report.audit.get("overlap", [])]
+    return {**merge(report.counts for report in reports), **({"overlap": overlaps} if overlaps else {})}
 
 
 def _common(values: Iterable[str | None]) -> str | None:
@@ -44,13 +50,12 @@ def print_reports(reports: Sequence[Report], console: Console) -> None:
     """One line a file; below it what is wrong, the most frequent first, and how to mend it."""
     for report in reports:
         _line(console, _headline(report, console))
+        for line in (report.tokens or {}).get("described", ()):
+            _line(console, Text(f"  {line}", "dim"))
         for code, count in report.error_counts.most_common():
             _group(console, code, count, [error for error in report.errors if error.code == code], "red")
-        codes = dict.fromkeys(warning.code for warning in report.warnings)
-        for code in codes:
-            group = [warning for warning in report.warnings if warning.code == code]
-            count = report.audit["duplicate_rows"] if code == "duplicate-row" else len(group)
-            _group(console, code, count, group, "yellow")
+        for code, count in report.warning_counts.items():
+            _group(console, code, count, [warning for warning in report.warnings if warning.code == code], "yellow")
     if len(reports) > 1:
         right = sum(report.ok for report in reports)
         _line(console, Text(f"{right} of {_count(len(reports), 'file')} without errors", "bold"))

@@ -31,8 +31,10 @@ class Demonstration:
     tools: Tools | None = None
     prompt_turns: int = 0
     """How many leading messages are the prompt; assistant turns in it are not trained on. 0: all are."""
+    trained_turns: tuple[int, ...] | None = None
+    """Indices of the messages that are trained on, all of them assistant turns; None: every one behind the prompt."""
     line: int = field(default=0, compare=False)
-    """Where in its file the row begins."""
+    """Where in its file the row begins: its line or, in files without lines, its number, both from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +46,4 @@ class Preference:
     rejected: str | list[Message]
     tools: Tools | None = None
     line: int = field(default=0, compare=False)
-    """Where in its file the row begins."""
+    """Where in its file the row begins: its line or, in files without lines, its number, both from 1."""

@@ -6,21 +6,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
 from typing import Any, cast
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from referencing import Registry
 
+from pipeline.data.accept import Accepts, fast_accept
 from pipeline.data.formats import type_name
 from pipeline.data.place import Finding, Keys, shown
 from pipeline.data.rows import Kind
+from pipeline.data.schema_files import definition, load_schema
 
 _TYPES = {"string": "text", "array": "a list", "object": "an object", "null": "null"}
 _ROLES = {
@@ -28,8 +28,21 @@ _ROLES = {
     **dict.fromkeys(("gpt", "bot", "ai", "model", "chatgpt", "agent", "assistent"), "assistant"),
     **dict.fromkeys(("function", "function_response", "observation", "ipython"), "tool"),
 }
+_NEVER_MIXED = ("conversations", "instruction", "question", "input")
+"""Keys of formats that have one form only."""
+_SHAREGPT = ("system", "human", "gpt", "function_call", "observation")
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("user", "customer", "prompter"), "human"),
+    **dict.fromkeys(("assistant", "chatgpt", "bot", "ai", "model", "bing", "bard"), "gpt"),
+    **dict.fromkeys(("tool", "function_response", "function-response"), "observation"),
+    **dict.fromkeys(("tool_call", "function-call", "function"), "function_call"),
+}
 _OTHER_NAMES = {
     "role": ("from", "author", "speaker"),
+    "from": ("role", "author", "speaker"),
+    "value": ("content", "text", "message"),
+    "instruction": ("prompt", "question", "input", "query"),
+    "output": ("response", "answer", "completion", "target"),
     "content": ("value", "text", "message"),
     "prompt": ("question", "instruction", "input", "query"),
     "completion": ("response", "answer", "output", "target"),
@@ -40,18 +53,14 @@ _OTHER_NAMES = {
 
 
 @cache
-def load_schema(kind: Kind) -> dict[str, Any]:
-    """The published schema of a kind, as it stands in its file. Its `$id` ends with its version."""
-    text = (files("pipeline") / "schemas" / f"{kind}.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+def _validator(kind: Kind, format: str) -> Draft202012Validator:
+    # An empty registry: whatever a schema refers to, nothing is ever fetched.
+    return Draft202012Validator(definition(kind, format), registry=Registry())
 
 
 @cache
-def _validator(kind: Kind, format: str) -> Draft202012Validator:
-    schema = {key: part for key, part in load_schema(kind).items() if key in ("$schema", "$id", "$defs")}
-    # An empty registry: whatever a schema refers to, nothing is ever fetched.
-    return Draft202012Validator({**schema, "$ref": f"#/$defs/{format}"}, registry=Registry())
+def _fast(kind: Kind, format: str) -> Accepts:
+    return fast_accept(definition(kind, format))
 
 
 @cache
@@ -66,6 +75,8 @@ def is_blank(text: str) -> bool:
 
 def violations(row: dict[str, Any], kind: Kind, format: str) -> Iterator[Finding]:
     """Everything in which `row` departs from the definition of its format; nothing is said twice."""
+    if _fast(kind, format)(row):
+        return
     said: set[tuple[Keys | None, str]] = set()
     for error in _validator(kind, format).iter_errors(row):
         for leaf in _leaves(error):
@@ -95,8 +106,13 @@ def _explain(error: ValidationError, row: dict[str, Any]) -> Finding:
     match error.validator:
         case "type":
             return _wrong_type(error, keys, name, row)
-        case "enum" if keys[-1] == "role":
+        case "enum" if keys[-1] in ("role", "from"):
             return _unknown_role(value, keys)
+        case "enum" | "const" if keys[-1] == "weight":
+            return Finding("invalid-value", "`weight` is 0 or 1, and an assistant turn's alone", keys)
+        case "minItems" | "maxItems" if keys[0] in ("history", "output"):
+            what = "a pair of question and answer" if keys[0] == "history" else "two answers, the better one first"
+            return Finding("invalid-value", f"{name} is not {what}", keys)
         case "const" if keys[-1] == "type" and "content" in keys:
             what = f"`{shown(value)}`" if isinstance(value, str) else type_name(value)
             return Finding("unsupported-part", f"a content part of type {what}", keys)
@@ -133,7 +149,7 @@ def _wrong_type(error: ValidationError, keys: Keys, name: str, row: dict[str, An
     if len(keys) == 1 and keys[0] in ("prompt", "completion", "chosen", "rejected"):
         # The form of a row is that of most of its values, so this one differs from the others.
         others = [key for key in ("prompt", "completion", "chosen", "rejected") if key in row and key != keys[0]]
-        if isinstance(value, str | list) and others:
+        if isinstance(value, str | list) and others and row.keys().isdisjoint(_NEVER_MIXED):
             rest = " and ".join(f"`{key}`" for key in others)
             message = f"{name} is {type_name(value)}, {rest} {'is' if len(others) == 1 else 'are'} not"
             return Finding("mixed-forms", message, keys)
@@ -143,8 +159,13 @@ def _wrong_type(error: ValidationError, keys: Keys, name: str, row: dict[str, An
 
 def _unknown_role(role: Any, keys: Keys) -> Finding:
     if not isinstance(role, str):
-        return Finding("wrong-type", f"`role` is {type_name(role)}, not text", keys)
+        return Finding("wrong-type", f"`{keys[-1]}` is {type_name(role)}, not text", keys)
     lower = role.strip().lower()
-    known = lower if lower in ("system", "developer", "user", "assistant", "tool") else _ROLES.get(lower)
-    mend = f"write `{known}`" if known else None
+    if keys[-1] == "from":
+        known = lower if lower in _SHAREGPT else _SHAREGPT_ROLES.get(lower)
+        usual = "use `system`, `human`, `gpt`, `function_call` or `observation`"
+    else:
+        known = lower if lower in ("system", "developer", "user", "assistant", "tool") else _ROLES.get(lower)
+        usual = None
+    mend = f"write `{known}`" if known else usual
     return Finding("unknown-role", f'unknown role "{shown(role)}"', keys, mend=mend)

@@ -11,8 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from pipeline.data.codes import TOKEN_MENDS
 from pipeline.data.rows import Message, Preference
-from pipeline.errors import PipelineError
+from pipeline.errors import ExitCode, PipelineError
 
 Text: TypeAlias = str | Sequence[Message]
 """Plain text, or the messages of a conversation."""
@@ -50,10 +51,34 @@ def encode(tokenizer: Any, text: Text, *, tools: Any = None, add_generation_prom
         add_generation_prompt: ends a conversation where the assistant's answer begins.
 
     Raises:
-        PipelineError: messages, and no chat template.
+        PipelineError: messages, and no chat template or one that refuses them.
     """
     if isinstance(text, str):
         return list(tokenizer(text)["input_ids"])
+    return list(
+        apply_template(tokenizer, text, tools, add_generation_prompt, tokenize=True, return_dict=True)["input_ids"]
+    )
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], tools: Any = None, *, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as the chat template writes it, before it is tokenised.
+
+    Raises:
+        PipelineError: no chat template, or one that refuses the conversation.
+    """
+    return str(apply_template(tokenizer, messages, tools, add_generation_prompt, tokenize=False))
+
+
+def apply_template(
+    tokenizer: Any, messages: Sequence[Message], tools: Any, add_generation_prompt: bool, **how: Any
+) -> Any:
+    """What the tokenizer's `apply_chat_template` gives.
+
+    Raises:
+        PipelineError: no chat template, or one that refuses the conversation.
+    """
     if tokenizer.chat_template is None:
         raise PipelineError(
             "the rows are conversations and the tokenizer has no chat template",
@@ -61,27 +86,62 @@ def encode(tokenizer: Any, text: Text, *, tools: Any = None, add_generation_prom
             pointer="/tokenizer/chat_template",
             mend="name a Jinja file as `tokenizer.chat_template`, or take an instruct model",
         )
-    encoded = tokenizer.apply_chat_template(
-        [dict(message) for message in text],
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=True,
-    )
-    return list(encoded["input_ids"])
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            add_generation_prompt=add_generation_prompt,
+            **how,
+        )
+    except Exception as error:  # whatever a template raises: Jinja's errors, or its own `raise_exception`
+        raise PipelineError(
+            f"the chat template refuses a conversation: {' '.join(str(error).split())[:200]}",
+            code="template-refuses",
+            pointer="/tokenizer/chat_template",
+            mend=TOKEN_MENDS["template-refuses"],
+            exit_code=ExitCode.WRONG,
+        ) from error
+
+
+class Sequences(NamedTuple):
+    """A preference row as token ids, before anything is cut."""
+
+    prompt_ids: list[int]
+    """The prompt alone, to where the answer begins."""
+    chosen: list[int]
+    """The prompt with its preferred completion."""
+    rejected: list[int]
+    start: int
+    """Where the completions begin: the earlier of the two places where they diverge from the prompt."""
+
+    def cut(self, max_length: int | None) -> Pair:
+        """The pair that is trained on: prompt and completion together have `max_length` tokens at most."""
+        return Pair(
+            self.chosen[: self.start][:max_length],
+            self.chosen[self.start : max_length],
+            self.rejected[self.start : max_length],
+        )
+
+
+def tokenize_sequences(tokenizer: Any, row: Preference) -> Sequences:
+    """The whole ids of a preference row.
+
+    Raises:
+        PipelineError: no chat template, or one that refuses the conversation.
+    """
+    prompt_ids = encode(tokenizer, row.prompt, tools=row.tools, add_generation_prompt=True)
+    chosen = _with_completion(tokenizer, row.prompt, row.chosen, row.tools)
+    rejected = _with_completion(tokenizer, row.prompt, row.rejected, row.tools)
+    start = min(common_prefix(prompt_ids, chosen), common_prefix(prompt_ids, rejected))
+    return Sequences(prompt_ids, chosen, rejected, start)
 
 
 def tokenize_pair(tokenizer: Any, row: Preference, max_length: int | None = None) -> Pair:
     """The ids of a preference row; prompt and completion together have `max_length` tokens at most.
 
-    Both completions start at the same token, the earlier of the two where they diverge from the prompt. Where
-    the prompt alone fills `max_length` the completions are empty: the trainer drops such a row.
+    Where the prompt alone fills `max_length` the completions are empty: the trainer drops such a row.
     """
-    prompt_ids = encode(tokenizer, row.prompt, tools=row.tools, add_generation_prompt=True)
-    chosen = _with_completion(tokenizer, row.prompt, row.chosen, row.tools)
-    rejected = _with_completion(tokenizer, row.prompt, row.rejected, row.tools)
-    start = min(_common_prefix(prompt_ids, chosen), _common_prefix(prompt_ids, rejected))
-    return Pair(chosen[:start][:max_length], chosen[start:max_length], rejected[start:max_length])
+    return tokenize_sequences(tokenizer, row).cut(max_length)
 
 
 def _with_completion(tokenizer: Any, prompt: Text, completion: Text, tools: Any) -> list[int]:
@@ -93,6 +153,7 @@ def _with_completion(tokenizer: Any, prompt: Text, completion: Text, tools: Any)
     return encode(tokenizer, [*prompt, *completion], tools=tools)
 
 
-def _common_prefix(ids: list[int], others: list[int]) -> int:
-    pairs = zip(ids, others, strict=False)
-    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(others)))
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many leading items (token ids, or characters of two texts) the two share."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))

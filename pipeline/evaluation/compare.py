@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 
 import torch
 
+from pipeline.data.tokens import Completion, Pair
 from pipeline.evaluation.checks import Checks, check_answer, require_references
 from pipeline.evaluation.generation import Answer, generate
 from pipeline.evaluation.preference import completion_logps, pair_logps, preference_scores
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.results import Comparison, Sample
 from pipeline.evaluation.summary import Measured, differences, figures
-from pipeline.data.tokens import Completion, Pair
 
 Progress: TypeAlias = Callable[[str, str, int, int], None]
 """Called with the model's name, what is being done, how many of these are done, and of how many."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from pipeline.data.tokens import Text, encode
 from pipeline.errors import PipelineError
 from pipeline.evaluation.inference import evaluating, forward_parameters
-from pipeline.data.tokens import Text, encode
 
 _MARK = "0a1b2c3d"
 """An answer that no chat template contains by itself."""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data.tokens import Completion, Pair
 from pipeline.evaluation.inference import evaluating, forward_parameters
 from pipeline.evaluation.intervals import Estimate, bootstrap
-from pipeline.data.tokens import Completion, Pair
 
 PairLogps: TypeAlias = Callable[[Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
 """Pairs to the log-probabilities of the chosen and of the rejected completions, `[B]` each, in nats."""

@@ -20,12 +20,13 @@ from rich.progress import (
 )
 
 from pipeline.data.check import load_rows
+from pipeline.data.tokenised import tokenize_preferences
+from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.checks import checks_of
 from pipeline.evaluation.compare import Asked, Candidate, Policy, compare
 from pipeline.evaluation.questions import Question, completion_of, question_of
 from pipeline.evaluation.results import Comparison, write_comparison
-from pipeline.data.tokens import tokenize_pair
 from pipeline.experiment import Experiment
 from pipeline.experiment_file import load_experiment
 from pipeline.model.adapter import attached, require_adapter
@@ -138,12 +139,15 @@ def _questions(experiment: Experiment) -> list[Question]:
 def _asked(experiment: Experiment, tokenizer: Any, questions: list[Question]) -> Asked:
     evaluation, preferences = experiment.evaluation, experiment.data.preferences
     held_out = preferences.eval if preferences is not None else None
-    pairs = load_rows(Path(held_out), "preference").rows if held_out is not None else []
+    pairs: list[Pair] = []
+    if held_out is not None:  # the rows that DPO was evaluated on: its manifest counts those that were set aside
+        rows = load_rows(Path(held_out), "preference", set_aside=experiment.data.on_invalid == "set-aside")
+        pairs, _ = tokenize_preferences(tokenizer, rows, experiment.dpo.max_length)
     return Asked(
         questions=questions,
         checks=checks_of(evaluation),
         completions=[completion_of(tokenizer, one, experiment.sft.max_length) for one in questions],
-        pairs=[tokenize_pair(tokenizer, pair, experiment.dpo.max_length) for pair in pairs],
+        pairs=pairs,
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
     )

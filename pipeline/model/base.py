@@ -11,12 +11,14 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.experiment import Model
 from pipeline.model.builtin import PREFIX, builtin_model, forget_quantization
-from pipeline.model.device import Placement
+
+if TYPE_CHECKING:
+    from pipeline.model.device import Placement
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]

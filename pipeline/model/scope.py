@@ -148,13 +148,18 @@ def hold_in_float32(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         if not all(parameter.is_floating_point() for parameter in module.parameters()):
-            raise PipelineError(
-                f"{name} holds quantised weights, which cannot be trained",
-                code="conflict",
-                pointer="/model/quantize",
-                mend="set `quantize: none`, or open no blocks (`last_blocks: 0`)",
-            )
+            raise quantized_is_frozen(name)
         module.to(torch.float32)
+
+
+def quantized_is_frozen(name: str) -> PipelineError:
+    """What is said of a module that is to be opened and holds quantised weights."""
+    return PipelineError(
+        f"{name} holds quantised weights, which cannot be trained",
+        code="conflict",
+        pointer="/model/quantize",
+        mend="set `quantize: none`, or open no blocks (`last_blocks: 0`)",
+    )
 
 
 @dataclass(frozen=True)

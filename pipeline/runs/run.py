@@ -188,3 +188,19 @@ def find_run(root: Path, name: str) -> Run | Path:
         code="no-such-run",
         mend="`pipeline runs` lists the runs; a run can be named by its folder",
     )
+
+
+def require_run(found: Run | Path) -> Run:
+    """`found`, if it is a run of ours.
+
+    Raises:
+        PipelineError: it is a foreign adapter, which keeps no record.
+    """
+    if isinstance(found, Run):
+        return found
+    raise PipelineError(
+        f"{found} is an adapter folder without a record of its run",
+        code="no-such-run",
+        file=found,
+        mend="`pipeline runs` lists the runs",
+    )

@@ -11,10 +11,10 @@ from datasets import Dataset
 from rich.console import Console
 from trl import DPOTrainer
 
+from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
-from pipeline.data.masks import Counted
-from pipeline.data.rows import Preference
-from pipeline.data.tokens import Pair, tokenize_pair
+from pipeline.data.tokenised import require_usable, tokenize_preferences
+from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
@@ -106,26 +106,6 @@ def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[S
     return Start(found.name, found.adapter, sha256), found
 
 
-def tokenize_preferences(tokenizer: Any, rows: list[Preference], max_length: int) -> tuple[list[Pair], Counted]:
-    """The rows as TRL's DPOTrainer tokenises them, cut at `max_length`, and what became of them.
-
-    A pair is left out where the prompt alone fills `max_length`: nothing of its completions would be in the loss.
-    """
-    counted, pairs = Counted(), []
-    for row in rows:
-        prompt, chosen, rejected = tokenize_pair(tokenizer, row)
-        room = max(max_length - len(prompt), 0)
-        pair = Pair(prompt[:max_length], chosen[:room], rejected[:room])
-        in_loss = len(pair.chosen_ids) + len(pair.rejected_ids)
-        if counted.add(
-            length=2 * len(pair.prompt_ids) + in_loss,
-            in_loss=in_loss,
-            truncated=max(len(chosen), len(rejected)) > room,
-        ):
-            pairs.append(pair)
-    return pairs, counted
-
-
 def run_dpo(
     experiment: Experiment, root: Path, console: Console, *, start: str | None = None, dry_run: bool = False
 ) -> Outcome:
@@ -154,16 +134,21 @@ def run_dpo(
     require_options("dpo", stage.options)
     origin, sft_run = find_start(experiment, root, start)
     console.print(f"start and reference: {origin.name}")
-    checked = {use: load_rows(Path(path), "preference") for use, path in split_files(split).items()}
+    aside = experiment.data.on_invalid == "set-aside"
+    checked = {use: load_rows(Path(path), "preference", set_aside=aside) for use, path in split_files(split).items()}
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     if sft_run is not None:
         _require_same_ground(sft_run, ground)
-    pairs, data = {}, []
+    pairs, data, accounts, set_aside = {}, [], [], []
     for use, rows in checked.items():
-        pairs[use], counted = tokenize_preferences(ground.tokenizer, rows.rows, stage.max_length)
-        say_counts(console.print, use, rows.report.file, counted, stage.max_length)
-        data.append(data_entry(rows.report, use, counted))
+        pairs[use], counted = tokenize_preferences(ground.tokenizer, rows, stage.max_length)
+        left_out = rows.set_aside + counted.set_aside
+        say_counts(console.print, use, counted, left_out)
+        data.append(data_entry(rows.report, use, counted, left_out))
+        accounts.append(counted)
+        set_aside += left_out
+    require_usable(accounts, "dpo", experiment.data.on_invalid)
     proof_pairs = pairs["train"][:PROOF_PAIRS]
     datasets = {use: Dataset.from_list([pair._asdict() for pair in some]) for use, some in pairs.items()}
     if dry_run:
@@ -187,6 +172,7 @@ def run_dpo(
         begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
         compact_head(),
     ):
+        write_set_aside(run.path, set_aside)
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())

@@ -9,8 +9,9 @@ from datasets import Dataset
 from rich.console import Console
 from trl import SFTTrainer
 
+from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
-from pipeline.data.masks import label_demonstrations
+from pipeline.data.tokenised import label_demonstrations, require_usable
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment
 from pipeline.model.adapter import adapter_sha256, save_adapter
@@ -68,15 +69,20 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
             mend="add `data: {demonstrations: {train: FILE}}`",
         )
     require_options("sft", stage.options)
-    checked = {use: load_rows(Path(path), "demonstration") for use, path in split_files(split).items()}
+    aside = experiment.data.on_invalid == "set-aside"
+    checked = {use: load_rows(Path(path), "demonstration", set_aside=aside) for use, path in split_files(split).items()}
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
-    datasets, data = {}, []
+    datasets, data, accounts, set_aside = {}, [], [], []
     for use, rows in checked.items():
-        labelled, counted = label_demonstrations(ground.tokenizer, rows.rows, stage.max_length)
-        say_counts(console.print, use, rows.report.file, counted, stage.max_length)
+        labelled, counted = label_demonstrations(ground.tokenizer, rows, stage.max_length)
+        left_out = rows.set_aside + counted.set_aside
+        say_counts(console.print, use, counted, left_out)
         datasets[use] = Dataset.from_list(labelled)
-        data.append(data_entry(rows.report, use, counted))
+        data.append(data_entry(rows.report, use, counted, left_out))
+        accounts.append(counted)
+        set_aside += left_out
+    require_usable(accounts, "sft", experiment.data.on_invalid)
     if dry_run:
         stage = dry_run_of(stage)
         datasets = {"train": longest(datasets["train"], stage, lambda row: len(row["input_ids"]))}
@@ -90,6 +96,7 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
         begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
         compact_head(),
     ):
+        write_set_aside(run.path, set_aside)
         trainer = _Trainer(
             model=base,
             args=sft_config(

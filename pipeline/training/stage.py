@@ -7,9 +7,9 @@ import gc
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.data.aside import SetAside, count_codes
 from pipeline.data.check import Report
-from pipeline.data.masks import Counted
+from pipeline.data.tokenised import Counted
 from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment
@@ -73,42 +74,30 @@ def split_files(split: Split) -> dict[str, str]:
     return {"train": split.train} if split.eval is None else {"train": split.train, "eval": split.eval}
 
 
-def data_entry(report: Report, use: str, counted: Counted) -> dict[str, Any]:
-    """One file of the manifest's `data`: what it is, and what tokenising did to its rows."""
+def data_entry(report: Report, use: str, counted: Counted, set_aside: Sequence[SetAside]) -> dict[str, Any]:
+    """One file of the manifest's `data`: what it is, what tokenising did to its rows, and how many are left out."""
     return {
         "path": report.file,
         "use": use,
         "kind": report.kind,
         "sha256": report.sha256,
         "rows": report.rows,
-        "tokens": asdict(counted),
+        "tokens": counted.as_dict(),
+        "set_aside": {"rows": len(set_aside), "codes": count_codes(set_aside)},
     }
 
 
-def say_counts(say: Say, use: str, path: str, counted: Counted, max_length: int) -> None:
-    """One line on what tokenising did; dropped rows are never silent.
-
-    Raises:
-        PipelineError: no row is left.
-    """
-    text = (
+def say_counts(say: Say, use: str, counted: Counted, set_aside: Sequence[SetAside]) -> None:
+    """What tokenising did, in a line or a few; rows that are left out are never silent."""
+    say(
         f"{use}: {counted.used:,} rows, {counted.tokens:,} tokens ({counted.loss_tokens:,} in the loss), "
         f"longest {counted.longest:,}"
     )
-    if counted.truncated:
-        text += f"; {counted.truncated:,} longer than max_length {max_length:,} were cut at their end"
-    if counted.dropped:
-        numbers = ", ".join(map(str, counted.dropped_rows)) + (" …" if counted.dropped > 10 else "")
-        text += f"; {counted.dropped:,} left out, since nothing of them would be in the loss (row {numbers})"
-    say(text)
-    if not counted.used:
-        raise PipelineError(
-            f"no row has anything in the loss within max_length {max_length}",
-            code="nothing-to-learn",
-            file=path,
-            mend="raise `max_length`, or shorten the prompts",
-            exit_code=ExitCode.WRONG,
-        )
+    for line in counted.describe():
+        say(f"  {line}")
+    if set_aside:
+        why = ", ".join(f"{code} {count:,}" for code, count in count_codes(set_aside).items())
+        say(f"  {len(set_aside):,} rows cannot be trained on: {why}")
 
 
 def say_trainable(console: Console, trainable: Trainable, adapter_rate: float, unfreeze: Unfreeze) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.masks import IGNORED, label_demonstration, label_demonstrations
+from pipeline.data.masks import IGNORED, label_demonstration
 from pipeline.data.rows import Demonstration
+from pipeline.data.tokenised import label_demonstrations
 from pipeline.errors import PipelineError
 
 ONE_TURN = [{"role": "user", "content": "Which light?"}, {"role": "assistant", "content": "The red light."}]
@@ -38,6 +39,40 @@ QWEN3 = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Llama 3's shape: headers of three tokens, a stop token and no line break behind it, tools answer as ipython.
+LLAMA3 = (
+    "<|begin_of_text|>{% for message in messages %}"
+    "<|start_header_id|>{{ 'ipython' if message['role'] == 'tool' else message['role'] }}<|end_header_id|>\n\n"
+    "{% if message.tool_calls %}{% for call in message.tool_calls %}"
+    '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}{% endfor %}'
+    "{% else %}{{ message['content'] | trim }}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# Mistral's shape: no generation prompt, a space before the answer, tools beside the last user turn, and the system
+# turn inside the user turn that ends the conversation, so that it is gone once the answer follows.
+MISTRAL = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% set turns = messages[1:] if system else messages %}"
+    "{% set asked = turns | selectattr('role', 'equalto', 'user') | list %}<s>"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{% if tools and message == asked[-1] %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "[INST] {% if system and loop.last %}{{ system }}\n\n{% endif %}{{ message['content'] }}[/INST]"
+    "{% elif message['role'] == 'tool' %}[TOOL_RESULTS] {{ message['content'] }}[/TOOL_RESULTS]"
+    "{% elif message.tool_calls %}[TOOL_CALLS] {{ message.tool_calls[0].function.name }}</s>"
+    "{% else %} {{ message['content'] | trim }}</s>{% endif %}{% endfor %}"
+)
+MARKERS = {
+    LLAMA3: ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    MISTRAL: ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+}
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "light"}}}
+CALL_TURNS = [
+    {"role": "user", "content": "Which light?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "red"},
+    {"role": "assistant", "content": "Red."},
+]
 # A template whose turns end with nothing but a line break.
 PLAIN = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -95,6 +130,81 @@ def test_assistant_turns_and_their_stop_tokens_are_in_the_loss(
     assert trained(tokenizer, Demonstration(messages=messages)) == expected
 
 
+def with_markers(tokenizer: Any, template: str, eos: str) -> Any:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(marker, special=True) for marker in MARKERS[template]], special_tokens=True)
+    tokenizer.eos_token = tokenizer.pad_token = eos
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "expected"),
+    [
+        (ONE_TURN, None, ["The red light.<|eot_id|>"]),
+        (TWO_TURNS, None, ["The red light.<|eot_id|>", "Still red.<|eot_id|>"]),
+        ([SYSTEM_TURN, *TWO_TURNS], None, ["The red light.<|eot_id|>", "Still red.<|eot_id|>"]),
+        (CALL_TURNS, [TOOL], ['{"name": "look", "parameters": {"at": "light"}}<|eot_id|>', "Red.<|eot_id|>"]),
+    ],
+    ids=["one", "two", "system", "tool"],
+)
+def test_llama_3(tokenizer: Any, messages: list[Any], tools: Any, expected: list[str]) -> None:
+    with_markers(tokenizer, LLAMA3, "<|eot_id|>")
+    assert trained(tokenizer, Demonstration(messages=messages, tools=tools)) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "expected", "alike"),
+    [
+        (ONE_TURN, None, [" The red light.</s>"], True),
+        (TWO_TURNS, None, [" The red light.</s>", " Still red.</s>"], True),
+        # The prompt alone has the system turn, the conversation has not: nothing of the user's may be trained on.
+        ([SYSTEM_TURN, *ONE_TURN], None, [" The red light.</s>"], False),
+        ([SYSTEM_TURN, *TWO_TURNS], None, [" The red light.</s>", " Still red.</s>"], False),
+        # Before the first answer the tools stand beside the first question, and at the end beside the second.
+        (TWO_TURNS, [TOOL], [" The red light.</s>", " Still red.</s>"], False),
+        (CALL_TURNS, [TOOL], ["[TOOL_CALLS] look</s>", " Red.</s>"], True),
+    ],
+    ids=["one", "two", "system", "system-two", "tools-two", "tool"],
+)
+def test_mistral(tokenizer: Any, messages: list[Any], tools: Any, expected: list[str], alike: bool) -> None:
+    with_markers(tokenizer, MISTRAL, "</s>")
+    row = Demonstration(messages=messages, tools=tools)
+    assert trained(tokenizer, row) == expected
+    assert (label_demonstration(tokenizer, row).unlike is None) is alike
+
+
+def test_a_stop_token_without_a_name_is_a_stop(tokenizer: Any) -> None:
+    """Phi's `<|end|>` is special, and neither the eos token nor any other that has a name."""
+    with_markers(tokenizer, LLAMA3, "<|im_end|>")
+    assert trained(tokenizer, Demonstration(messages=ONE_TURN)) == ["The red light.<|eot_id|>"]
+
+
+def test_turns_that_are_not_to_be_trained_on(tokenizer: Any) -> None:
+    row = Demonstration(messages=TWO_TURNS, trained_turns=(1,))
+    assert trained(tokenizer, row) == ["The red light.<|im_end|>"]
+
+
+@pytest.mark.builtin_model
+@pytest.mark.parametrize("messages", [ONE_TURN, TWO_TURNS, [SYSTEM_TURN, *TWO_TURNS], TOOL_TURNS])
+def test_smollm2(messages: list[Any]) -> None:
+    """Against the decoded ids, cut at the markers: an account that knows nothing of offsets or of rendering twice."""
+    import re
+
+    from pipeline.experiment import Model
+    from pipeline.model.base import find_base, load_tokenizer
+
+    smollm2 = load_tokenizer(find_base(Model()), Model(), None)
+    row = Demonstration(messages=messages)
+    whole = smollm2.decode(label_demonstration(smollm2, row).input_ids)
+    turns = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", whole, re.DOTALL)
+    assert trained(smollm2, row) == turns
+    assert [turn.removesuffix("<|im_end|>") for turn in turns] == [
+        message["content"] for message in messages if message["role"] == "assistant"
+    ]
+
+
 def test_ids_are_those_of_the_rendered_conversation(tokenizer: Any) -> None:
     labelled = label_demonstration(tokenizer, Demonstration(messages=TWO_TURNS))
     assert labelled.input_ids == tokenizer.apply_chat_template(TWO_TURNS, return_dict=True)["input_ids"]
@@ -102,6 +212,18 @@ def test_ids_are_those_of_the_rendered_conversation(tokenizer: Any) -> None:
 
 def test_assistant_turns_of_the_prompt_are_not_trained_on(tokenizer: Any) -> None:
     assert trained(tokenizer, Demonstration(messages=TWO_TURNS, prompt_turns=3)) == ["Still red.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [((1,), ["The red light.<|im_end|>"]), ((3,), ["Still red.<|im_end|>"]), (None, None)],
+)
+def test_turns_that_are_not_to_be_trained_on_are_outside_the_loss(
+    tokenizer: Any, turns: tuple[int, ...] | None, expected: list[str] | None
+) -> None:
+    row = Demonstration(messages=TWO_TURNS, trained_turns=turns)
+    both = ["The red light.<|im_end|>", "Still red.<|im_end|>"]
+    assert trained(tokenizer, row) == (expected or both)
 
 
 def test_a_template_without_a_stop_gets_the_eos_token(tokenizer: Any) -> None:

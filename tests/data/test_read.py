@@ -1,7 +1,10 @@
 import hashlib
 import tracemalloc
 
+import pytest
+
 from pipeline.data.read import Source
+from pipeline.errors import PipelineError
 
 
 def test_rows_carry_their_places(tmp_path):
@@ -40,3 +43,38 @@ def test_lines_are_read_one_by_one(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "delete"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, change):
+    path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    path.write_text("{}\n{}\n")
+    source = Source(path)
+    rows = source.rows()
+    next(rows)
+    if change == "append":
+        with path.open("a") as file:
+            file.write("{}\n")
+    elif change == "replace":
+        other.write_text("{}\n{}\n")
+        other.replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(PipelineError) as caught:
+        list(rows)
+    assert caught.value.code == ("unreadable-file" if change == "delete" else "file-changed")
+    assert source.sha256 == ""
+
+
+def test_a_link_that_leads_to_itself(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.symlink_to(path)
+    with pytest.raises(PipelineError) as caught:
+        list(Source(path).rows())
+    assert caught.value.code == "unreadable-file"
+
+
+def test_a_link_to_a_file_is_the_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    assert len(list(Source(tmp_path / "link.jsonl").rows())) == 1

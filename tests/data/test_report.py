@@ -50,8 +50,6 @@ def test_a_report_as_a_person_reads_it(write):
         "    mend: change the value's type\n"
         "  duplicate-row  5 times\n"
         "    rows.jsonl:4: the same row as at line 3\n"
-        '      {"prompt": "a", "completion": "b"}\n'
-        "      ^\n"
         "    also at line 5, line 6, line 7 and 1 more\n"
         "    mend: drop the copy, unless the row is meant to count twice\n"
     )
@@ -155,10 +153,10 @@ def test_json_of_several_files(write):
     assert summed["audit"] == {
         "formats": {"standard-prompt-completion": 3},
         "characters": {
-            "prompt": {"count": 3, "mean": 3.0, "max": 5},  # 1, 3, 5
-            "completion": {"count": 3, "mean": 1.33, "max": 2},  # 1, 2, 1
+            "prompt": {"count": 3, "mean": 3.0, "min": 1, "p50": 3, "p95": 5, "max": 5},  # 1, 3, 5
+            "completion": {"count": 3, "mean": 1.33, "min": 1, "p50": 1, "p95": 2, "max": 2},  # 1, 2, 1
         },
-        "turns": {"count": 3, "mean": 2.0, "max": 2},
+        "turns": {"count": 3, "mean": 2.0, "min": 2, "p50": 2, "p95": 2, "max": 2},
         "duplicate_rows": 0,
     }
     assert [file["file"] for file in summed["files"]] == ["one.jsonl", "two.jsonl", "gone.jsonl"]

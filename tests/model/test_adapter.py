@@ -27,6 +27,8 @@ HEAD = Unfreeze(lm_head=True)
 ALL = Unfreeze(last_blocks=1, final_norm=True, lm_head=True)
 
 pytestmark = pytest.mark.filterwarnings(
+    "error:You are trying to modify a model with PEFT for a second time",
+    "error:Already found a `peft_config` attribute",
     "ignore:.*ensure_weight_tying.*",
     "ignore:fan_in_fan_out is set to False",
     "ignore:The following alpha_pattern keys did not match",  # a pattern for a block that is folded and opened

@@ -27,6 +27,8 @@ from pipeline.model.scope import (
     trainable_of,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*")
+
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BLOCK = 9_280
 EMBEDDINGS = 64 * 32

@@ -1,0 +1,167 @@
+"""The policy of a stage as shapes without weights: built on the meta device by the functions that training uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import PipelineError
+from pipeline.experiment import Experiment, Model, Unfreeze
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.base import _HUB_FILES, BaseFiles, _unloadable, find_base
+from pipeline.model.builtin import PREFIX
+from pipeline.model.scope import REFERENCE, hold_in_float32, lora_config, opened_modules, quantized_is_frozen
+from pipeline.runs.run import Stage
+
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+"""Files by which a folder shows that it holds a tokenizer. Transformers makes an empty one without any."""
+
+
+def find_config(model: Model, *, tokenizer: bool) -> BaseFiles:
+    """The folder that holds the base's configuration; of a hub model no weights are fetched for it.
+
+    Args:
+        model: the experiment's model section.
+        tokenizer: fetches the tokenizer's files of a hub model as well.
+
+    Raises:
+        PipelineError: as `find_base`, but a model without weights will do.
+    """
+    folder = Path(model.id).expanduser()
+    if (folder / "config.json").is_file():
+        return BaseFiles(model.id, folder, None, None)
+    if folder.exists() or model.id.startswith((PREFIX, ".", "~", "/")) or model.id.endswith(".gguf"):
+        return find_base(model)
+    from huggingface_hub import snapshot_download
+
+    wanted = [pattern for pattern in _HUB_FILES if "safetensors" not in pattern] if tokenizer else ["config.json"]
+    try:
+        folder = Path(snapshot_download(model.id, revision=model.revision, allow_patterns=wanted))
+    except Exception:
+        # Asked again for all of it, the hub refuses for the same reason, which is then told in training's words.
+        return find_base(model)
+    return BaseFiles(model.id, folder, None, folder.name)
+
+
+def holds_tokenizer(files: BaseFiles) -> bool:
+    """Whether the base's tokenizer is at hand; a GGUF file carries its own."""
+    return files.gguf is not None or any(file for pattern in _TOKENIZER for file in files.folder.glob(pattern))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A policy on the meta device: every tensor has its shape and dtype, none has values."""
+
+    policy: Any
+    """The PEFT model that the stage trains; for DPO with TRL's frozen copy `ref`."""
+    quantized: frozenset[int]
+    """`id` of each weight that is held in 4 bits."""
+
+
+def outline(files: BaseFiles, experiment: Experiment, stage: Stage, dtype: torch.dtype) -> Outline:
+    """The policy that `stage` trains, module for module and dtype for dtype.
+
+    Args:
+        files: where the base's configuration is.
+        experiment: the definition.
+        stage: `dpo` adds the reference.
+        dtype: of the base weights.
+
+    Raises:
+        PipelineError: the configuration is no causal language model's, or the scope does not fit the model.
+    """
+    with torch.device("meta"):
+        base = _base(files, experiment.model, dtype)
+        four_bits = _linear_weights(base) if experiment.model.quantize == "nf4" else {}
+        if stage == "dpo" and experiment.data.demonstrations is not None:
+            _require_opened_again(base, unfreeze_of(experiment, "sft"), unfreeze_of(experiment, "dpo"))
+        config = lora_config(base, experiment.scope.lora, unfreeze_of(experiment, stage), files.revision)
+        opened = config.modules_to_save or []
+        for name in opened:
+            if any(weight.startswith(f"{name}.") for weight in four_bits):
+                raise quantized_is_frozen(name)
+        hold_in_float32(base, opened)
+        # Other initialisations read the weights, and change no shape.
+        config.init_lora_weights = True
+        policy = _with_adapter(base, config)
+        if stage == "dpo":
+            policy.add_adapter(REFERENCE, config)
+    if four_bits:
+        # What TRL does to the trainable weights on a quantised base.
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return Outline(policy.train(), frozenset(id(weight) for weight in four_bits.values()))
+
+
+def unfreeze_of(experiment: Experiment, stage: Stage) -> Unfreeze:
+    """What a stage opens: its own `unfreeze`, or else the scope's."""
+    settings = experiment.sft if stage == "sft" else experiment.dpo
+    return settings.unfreeze or experiment.scope.unfreeze
+
+
+def _base(files: BaseFiles, model: Model, dtype: torch.dtype) -> Any:
+    """The base as `load_base` gives it, on the default device.
+
+    Raises:
+        PipelineError: the configuration is damaged, is no causal language model's, or needs code that was not
+            allowed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    where = {"gguf_file": files.gguf} if files.gguf else {}
+    how = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+    try:
+        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, **where, **given)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **how, **given)
+    except Exception as error:
+        raise _unloadable(files, error) from error
+
+
+def _linear_weights(base: Any) -> dict[str, torch.Tensor]:
+    """What bitsandbytes holds in 4 bits: the weight of every linear layer but the head's, by module name."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = base.get_output_embeddings()
+    return {
+        name: module.weight
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def _with_adapter(base: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:  # layers that LoRA cannot go on, e.g. in a state-space model
+        raise PipelineError(
+            f"PEFT refuses this adapter on {type(base).__name__}: {' '.join(str(error).split())[:300]}",
+            code="unsupported-scope",
+            pointer="/scope/lora",
+            mend="list other `target_modules`, or change what the message names",
+        ) from error
+
+
+def _require_opened_again(base: Any, sft: Unfreeze, dpo: Unfreeze) -> None:
+    """DPO opens at least what SFT opened, as `open_policy` demands of the adapter that SFT leaves.
+
+    Raises:
+        PipelineError: it does not.
+    """
+    anatomy = anatomy_of(base)
+    again = opened_modules(anatomy, dpo)
+    left_shut = [name for name in opened_modules(anatomy, sft) if name not in again]
+    if left_shut:
+        raise PipelineError(
+            f"SFT would train {', '.join(left_shut[:3])}, which DPO would not open",
+            code="conflict",
+            pointer="/dpo/unfreeze",
+            mend="open in `dpo.unfreeze` at least what SFT opens",
+        )

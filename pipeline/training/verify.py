@@ -1,0 +1,148 @@
+"""`pipeline verify RUN`: the proof of a run repeated from the saved folders alone, and what has changed since."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pipeline.data.check import load_rows
+from pipeline.data.tokens import Pair
+from pipeline.errors import PipelineError
+from pipeline.evaluation.preference import pair_logps
+from pipeline.experiment import Experiment
+from pipeline.model.adapter import adapter_sha256, attached
+from pipeline.model.base import load_base, template_sha256
+from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
+from pipeline.runs.run import Run, find_run
+from pipeline.training.proof import PROOF, reference_hash, tolerance_for
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+def verify_run(run: Run, experiment: Experiment, root: Path, console: Console) -> list[Finding]:
+    """Looks at everything that a finished run rests on, and scores its proof's pairs again.
+
+    Args:
+        run: a finished run of either stage.
+        experiment: its resolved experiment.
+        root: where runs live; the SFT run that a DPO run started from is found there.
+        console: where progress is shown.
+
+    Raises:
+        PipelineError: the run is not finished, or its base is not to be had.
+    """
+    if run.status != "finished":
+        raise PipelineError(
+            f"{run.name} is {run.status}, so there is nothing to verify",
+            code="no-finished-run",
+            file=run.path,
+            mend="name a finished run",
+        )
+    quiet_libraries()
+    ground = prepare_ground(experiment, console.print)
+    manifest = run.manifest
+    findings = [
+        _same("base weights", manifest["base"]["sha256"], ground.base_sha256),
+        _same("chat template", manifest["tokenizer"]["template_sha256"], template_sha256(ground.tokenizer)),
+        _same("adapter", manifest["adapter"]["sha256"], _adapter(run.adapter)),
+        *[_data(entry) for entry in manifest["data"]],
+        _versions(manifest["versions"]),
+    ]
+    if run.stage == "dpo":
+        findings += _reference(run, experiment, ground, root)
+    return findings
+
+
+def as_dict(run: Run, findings: list[Finding]) -> dict[str, Any]:
+    """The findings as JSON; `ok` is whether every one holds."""
+    return {
+        "ok": all(finding.ok for finding in findings),
+        "run": str(run.path),
+        "findings": [asdict(finding) for finding in findings],
+        "reference": run.manifest.get("reference"),
+    }
+
+
+def _same(name: str, then: str | None, this: str | None) -> Finding:
+    if then == this:
+        return Finding(name, True, "as the run recorded it")
+    return Finding(name, False, f"changed since the run: {str(then)[:12]} then, {str(this)[:12]} now")
+
+
+def _adapter(folder: Path) -> str | None:
+    try:
+        return adapter_sha256(folder)
+    except OSError:
+        return None
+
+
+def _data(entry: dict[str, Any]) -> Finding:
+    name = f"data {Path(entry['path']).name}"
+    try:
+        rows = load_rows(Path(entry["path"]), entry["kind"], set_aside=True)
+    except PipelineError as error:
+        return Finding(name, False, f"cannot be read as it was: {error.message}")
+    return _same(name, entry["sha256"], rows.report.sha256)
+
+
+def _versions(then: dict[str, str | None]) -> Finding:
+    """Other versions are said, and are no failure: whether they matter is what the scores show."""
+    changed = []
+    for name in ("torch", "transformers", "peft", "trl"):
+        installed = version(name)
+        if then.get(name) != installed:
+            changed.append(f"{name} {then.get(name)} then, {installed} now")
+    return Finding("library versions", True, "; ".join(changed) or "as the run recorded them")
+
+
+def _reference(run: Run, experiment: Experiment, ground: Ground, root: Path) -> list[Finding]:
+    recorded = run.manifest["reference"]
+    try:
+        parent = find_run(root, str(run.manifest["parent"]))
+    except PipelineError as error:
+        return [Finding("reference adapter", False, error.message)]
+    start = parent.adapter if isinstance(parent, Run) else parent
+    start_sha256 = _adapter(start)
+    findings = [
+        _same("reference adapter", recorded["adapter_sha256"], start_sha256),
+        _same(
+            "reference hash",
+            recorded["hash"],
+            reference_hash(ground.base_sha256, str(start_sha256), template_sha256(ground.tokenizer)),
+        ),
+        Finding(
+            "reference drift in training", recorded["drift"] == 0 or not _exact(ground), f"{recorded['drift']:g} nats"
+        ),
+    ]
+    kept = json.loads((run.path / PROOF).read_text(encoding="utf-8"))["pairs"]
+    pairs = [Pair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in kept]
+    base = load_base(ground.files, experiment.model, ground.placement)
+    allowed = tolerance_for(ground.placement.dtype).start
+    for name, folder, key in (("policy", run.adapter, "policy"), ("reference", start, "reference")):
+        try:
+            with attached(base, folder) as model:
+                scored = torch.stack(pair_logps(model, pairs), dim=1)
+        except PipelineError as error:
+            findings.append(Finding(f"{name} log-probabilities", False, error.message))
+            continue
+        apart = float((scored - torch.tensor([row[key] for row in kept])).abs().max())
+        message = f"{apart:.2g} nats from the run's on {len(pairs)} pairs (allowed {allowed:g})"
+        findings.append(Finding(f"{name} log-probabilities", apart <= allowed, message))
+    return findings
+
+
+def _exact(ground: Ground) -> bool:
+    return tolerance_for(ground.placement.dtype).drift == 0

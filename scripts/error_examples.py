@@ -1,0 +1,119 @@
+"""For each code of `pipeline.data.codes`: rows that give it, and the same rows mended.
+
+Several rows are several lines. What a row of text cannot show is told in a sentence instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Example(NamedTuple):
+    wrong: str
+    mended: str
+    kind: str | None = None
+
+
+USER = '{"role": "user", "content": "Hi"}'
+ANSWER = '{"role": "assistant", "content": "Hello"}'
+
+
+def talk(*turns: str) -> str:
+    return '{"messages": [' + ", ".join(turns) + "]}"
+
+
+GOOD = talk(USER, ANSWER)
+TEXT = '{"prompt": "2 + 2 =", "completion": " 4"}'
+PAIR = '{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}'
+TURNS = f'{{"prompt": [{USER}], "completion": [{ANSWER}]}}'
+LONG = "one two three four five six seven eight nine ten eleven twelve"
+BIAS = "\n".join(f'{{"prompt": "{n}", "chosen": "a long answer", "rejected": "short"}}' for n in range(30))
+BALANCED = "\n".join(
+    f'{{"prompt": "{n}", "chosen": "{"a long answer" if n % 2 else "good"}", "rejected": "shorter"}}' for n in range(30)
+)
+
+EXAMPLES: dict[str, Example] = {
+    "empty-file": Example("", TEXT),
+    "not-rows": Example('{\n  "prompt": "2 + 2 =",\n  "completion": " 4"\n}', TEXT),
+    "byte-order-mark": Example("\ufeff" + TEXT, TEXT),
+    "nul-character": Example('{"prompt": "2 + 2 =", "completion": "\\u0000"}', TEXT),
+    "invalid-json": Example("{'prompt': '2 + 2 =', 'completion': ' 4'}", TEXT),
+    "nesting-too-deep": Example(TEXT[:-1] + ', "x": ' + "[" * 64 + "]" * 64 + "}", TEXT[:-1] + ', "x": []}'),
+    "duplicate-key": Example('{"prompt": "1 + 1 =", "prompt": "2 + 2 =", "completion": " 4"}', TEXT),
+    "not-a-number": Example(TEXT[:-1] + ', "score": NaN}', TEXT[:-1] + ', "score": null}'),
+    "number-out-of-range": Example(
+        TEXT[:-1] + ', "id": 18446744073709551616}', TEXT[:-1] + ', "id": "18446744073709551616"}'
+    ),
+    "unpaired-surrogate": Example(
+        '{"prompt": "Hi", "completion": "\\ud83d"}', '{"prompt": "Hi", "completion": "\\ud83d\\ude00"}'
+    ),
+    "not-an-object": Example("1", TEXT),
+    "unknown-shape": Example('{"left": "2 + 2 =", "right": " 4"}', TEXT),
+    "wrong-kind": Example(TEXT, PAIR, "preference"),
+    "ambiguous-form": Example(GOOD[:-1] + ', "completion": "Hello"}', GOOD),
+    "missing-key": Example('{"prompt": "2 + 2 =", "response": " 4"}', TEXT),
+    "wrong-type": Example('{"prompt": "2 + 2 =", "completion": 4}', '{"prompt": "2 + 2 =", "completion": "4"}'),
+    "mixed-forms": Example(f'{{"prompt": "Hi", "completion": [{ANSWER}]}}', TURNS),
+    "unknown-role": Example(talk(USER, ANSWER.replace("assistant", "bot")), GOOD),
+    "empty-content": Example(talk(USER, '{"role": "assistant", "content": " "}'), GOOD),
+    "no-messages": Example('{"messages": []}', GOOD),
+    "unsupported-part": Example(
+        talk('{"role": "user", "content": [{"type": "image_url"}]}', ANSWER),
+        talk('{"role": "user", "content": [{"type": "text", "text": "Hi"}]}', ANSWER),
+    ),
+    "unsupported-media": Example(GOOD[:-1] + ', "images": ["cat.png"]}', GOOD),
+    "invalid-tools": Example(GOOD[:-1] + ', "tools": "now()"}', GOOD[:-1] + ', "tools": [{"name": "now"}]}'),
+    "invalid-arguments": Example(
+        talk(USER, '{"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "UTC"}}]}'),
+        talk(USER, '{"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}]}'),
+    ),
+    "invalid-value": Example(
+        talk(
+            USER, '{"role": "assistant", "tool_calls": [{"type": "x", "function": {"name": "now", "arguments": {}}}]}'
+        ),
+        talk(USER, '{"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}'),
+    ),
+    "invalid-transcript": Example(
+        '{"chosen": "Human: Hi", "rejected": "Human: Hi"}',
+        '{"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: Go"}',
+    ),
+    "system-not-first": Example(talk(USER, '{"role": "system", "content": "Be kind"}', ANSWER), GOOD),
+    "first-not-user": Example(talk(ANSWER), GOOD),
+    "roles-not-alternating": Example(talk(USER, USER, ANSWER), GOOD),
+    "stray-tool-result": Example(talk(USER, '{"role": "tool", "content": "noon"}', ANSWER), GOOD),
+    "no-assistant-turn": Example(talk(USER), GOOD),
+    "last-not-assistant": Example(talk(USER, ANSWER, USER), GOOD),
+    "prompt-last-not-user": Example(f'{{"prompt": [{USER}, {ANSWER}], "completion": [{ANSWER}]}}', TURNS),
+    "first-not-assistant": Example(f'{{"prompt": [{USER}], "completion": [{USER}, {ANSWER}]}}', TURNS),
+    "nothing-to-train": Example(talk(USER, ANSWER[:-1] + ', "weight": 0}'), talk(USER, ANSWER[:-1] + ', "weight": 1}')),
+    "chosen-equals-rejected": Example(PAIR.replace("5", "4"), PAIR),
+    "duplicate-row": Example(f"{TEXT}\n{TEXT}", TEXT),
+    "opposite-preference": Example(f"{PAIR}\n" + '{"prompt": "2 + 2 =", "chosen": " 5", "rejected": " 4"}', PAIR),
+    "near-duplicate": Example(
+        f'{{"prompt": "{LONG}", "completion": "yes"}}\n{{"prompt": "{LONG}", "completion": "no"}}', TEXT
+    ),
+    "length-bias": Example(BIAS, BALANCED),
+    "few-rows": Example(TEXT, "\n".join(TEXT.replace("2 +", f"{n} +") for n in range(10))),
+}
+
+TOLD: dict[str, str] = {
+    "no-such-file": "`pipeline validate gone.jsonl`, where there is no such file.",
+    "is-a-folder": "A folder with no data files in it, or one where a file is expected.",
+    "special-file": "A pipe (FIFO), a socket, a device.",
+    "unreadable-file": "No permission, a symbolic link that leads to itself, a disk that fails.",
+    "file-changed": "Its size, time of change or inode are not the same before and after it was read.",
+    "unreadable-dataset": "`hf:no/such-data:train`.",
+    "unknown-column": "`--map answer=completion`, where no row has `answer`.",
+    "unsupported-file": "A zip archive, say.",
+    "broken-archive": "A download of a `.gz` that was cut off.",
+    "archive-too-large": "An archive that unpacks to very much more than its size.",
+    "invalid-table": "A Parquet file that was cut off; a CSV file with a quote that is never closed.",
+    "wrong-encoding": "A file saved as “Unicode” by a Windows program: UTF-16.",
+    "broken-utf-8": "A file saved as Latin-1: `é` is one byte in it.",
+    "row-too-long": "A line of more than 16 MiB.",
+    "evaluated-on-training-data": "The same question in `demonstrations.train.jsonl` and in `held-out.jsonl`.",
+    "shared-prompts": "The same question in `demonstrations.train.jsonl` and in `preferences.train.jsonl`.",
+    "prompts-differ": "`chosen` and `rejected` are whole conversations that begin differently.",
+    "no-common-prompt": "`chosen` and `rejected` are texts that have no beginning in common.",
+    "no-answer": "An answer that holds its prompt and nothing more.",
+}

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.errors import PipelineError
+from pipeline.experiment_file import load_experiment
+from pipeline.plan.plan import Plan, plan
+from pipeline.plan.table import print_plan
+from pipeline.runs.run import create_run
+
+CONTRACT = {
+    "trainable_parameters",
+    "all_parameters",
+    "trainable_percent",
+    "groups",
+    "modules",
+    "steps",
+    "memory_bytes",
+}
+PARTS = ["weights", "adapter_and_opened", "gradients", "optimizer", "reference", "logits", "activations"]
+
+
+@pytest.fixture
+def planned(write_experiment: Callable[..., Path], tmp_path: Path, console: Console) -> Callable[..., Plan]:
+    def make(stage: Any = None, **changes: Any) -> Plan:
+        one = load_experiment(write_experiment(**changes)).experiment
+        return plan(one, tmp_path / "runs", console, stage=stage)
+
+    return make
+
+
+def test_the_json_has_one_stage_at_the_top_and_both_below(planned: Callable[..., Plan]) -> None:
+    answer = json.loads(json.dumps(planned("dpo").as_dict(), allow_nan=False))
+    assert set(answer["stages"]) == {"sft", "dpo"}
+    for one in (answer, *answer["stages"].values()):
+        assert set(one) >= CONTRACT
+        assert list(one["memory"]) == PARTS
+        assert one["memory_bytes"] == sum(one["memory"].values())
+    assert answer["stage"] == "dpo"
+    assert {key: answer[key] for key in answer["stages"]["dpo"]} == answer["stages"]["dpo"]
+    # 12 rows in batches of 4: 3 steps an epoch, 4 epochs of SFT and 2 of DPO.
+    assert [answer["stages"][stage]["steps"] for stage in ("sft", "dpo")] == [12, 6]
+    assert answer["tokens"] == 2 * answer["data"]["tokens"]["tokens"]
+    assert answer["disk"]["total"] == answer["disk"]["adapter"] + 2 * answer["disk"]["checkpoint"]
+    assert answer["learning_rates"] == {"adapter": 5.0e-3}
+
+
+def test_the_stage_is_sft_unless_there_are_preferences_only(
+    planned: Callable[..., Plan], tiny_data: dict[str, Path]
+) -> None:
+    assert planned().stage == "sft"
+    only = {"demonstrations": None, "preferences": {"train": str(tiny_data["preferences"])}}
+    made = planned(data=only, sft={"eval_strategy": "no"}, dpo={"eval_strategy": "no"})
+    assert (made.stage, list(made.stages)) == ("dpo", ["dpo"])
+    asked = planned("sft", data=only, sft={"eval_strategy": "no"}, dpo={"eval_strategy": "no"})
+    assert list(asked.stages) == ["sft", "dpo"]
+    assert asked.stages["sft"].steps.total is None
+
+
+def test_the_time_is_that_of_an_earlier_run_or_none(
+    planned: Callable[..., Plan], tmp_path: Path, console: Console
+) -> None:
+    made = planned()
+    assert made.as_dict()["time"] == {"seconds": None, "tokens_per_second": None, "measured_in": None}
+    print_plan(made, console)
+    assert "no finished run on this device to go by" in console.file.getvalue()
+    one = made.stages["sft"]
+    assert one.tokens is not None
+    manifest = {
+        "base": {"id": made.base, "revision": None, "quantize": "none"},
+        "device": made.device,
+        "metrics": {"num_tokens": 500.0, "train_runtime": 5.0},
+    }
+    create_run(tmp_path / "runs", "lights", "sft", "name: lights\n", manifest).end("finished")
+    answer = planned().as_dict()["time"]
+    assert answer == {"seconds": one.tokens / 100, "tokens_per_second": 100.0, "measured_in": "lights/sft-001"}
+
+
+def test_without_data_the_printed_plan_says_what_is_not_known(planned: Callable[..., Plan], console: Console) -> None:
+    made = planned(
+        data={"demonstrations": None, "preferences": None}, sft={"eval_strategy": "no"}, dpo={"eval_strategy": "no"}
+    )
+    print_plan(made, console)
+    text = console.file.getvalue()
+    for line in ("rows: not known, the experiment names no file to train on", "steps: not known without the rows"):
+        assert line in text
+    assert "max_length stands in for them" in text
+    answer = made.as_dict()
+    assert (answer["steps"], answer["tokens"]) == (None, None)
+    assert answer["memory_bytes"] > 0
+    assert answer["largest_batch"] == {"sequences": 4, "length": 128, "positions": 4 * 128}
+
+
+def test_the_printed_plan_has_the_line_of_peft_and_every_part_of_the_memory(
+    planned: Callable[..., Plan], console: Console
+) -> None:
+    made = planned(dpo={"unfreeze": {"last_blocks": 1, "learning_rate": 1e-6}})
+    print_plan(made, console)
+    text = console.file.getvalue()
+    for stage in made.stages.values():
+        one = stage.trainable
+        assert (
+            f"trainable params: {one.parameters:,} || all params: {one.all_parameters:,} || "
+            f"trainable%: {one.percent:.4f}"
+        ) in text.splitlines()
+    for words in ("opened layers.*", "learning rate 1e-06", "AdamW's moments", "steps: 12 (3 an epoch, 4.00 epochs)"):
+        assert words in text
+    assert text.count("the reference's own copies") == 1
+
+
+def test_checkpointing_and_a_smaller_batch_take_less(planned: Callable[..., Plan]) -> None:
+    plain = planned().as_dict()["memory"]
+    spared = planned(sft={"gradient_checkpointing": True}).as_dict()["memory"]
+    halved = planned(sft={"per_device_train_batch_size": 2}).as_dict()["memory"]
+    assert spared["activations"] < 0.7 * plain["activations"]
+    assert halved["activations"] == pytest.approx(plain["activations"] / 2, rel=0.1)
+    assert spared["weights"] == halved["weights"] == plain["weights"]
+
+
+def test_options_are_checked_first(planned: Callable[..., Plan]) -> None:
+    with pytest.raises(PipelineError, match="no field of TRL's SFTConfig"):
+        planned(sft={"options": {"no_such_field": 1}})
+
+
+@pytest.mark.builtin_model
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_built_in_model_trains_in_the_planned_memory(stage: str, tmp_path: Path, console: Console) -> None:
+    """Stated tolerance: a quarter of the process's peak, libraries included, over three steps on the longest rows."""
+    recipe = Path(__file__).parents[2] / "recipes/partial.yaml"
+    changes = ["sft.per_device_train_batch_size=4", "dpo.per_device_train_batch_size=2", "dpo.unfreeze.last_blocks=2"]
+    made = plan(load_experiment(recipe, changes).experiment, tmp_path, console)
+    sets = [word for change in changes for word in ("--set", change)]
+
+    def run(*command: str) -> dict[str, Any]:
+        where = ["--checkpoints", str(tmp_path), "--format", "json"]
+        words = [sys.executable, "-m", "pipeline", *command, str(recipe), *sets, *where]
+        return dict(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+
+    if stage == "dpo":
+        run("sft", "--set", "sft.max_steps=1", "--set", "sft.eval_strategy=no")
+    peak = run(stage, "--dry-run")["peak_memory_bytes"]
+    total = made.as_dict()["stages"][stage]["memory_bytes"]
+    assert made.process_bytes is not None
+    assert total + made.process_bytes == pytest.approx(peak, rel=0.25)
