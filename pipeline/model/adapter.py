@@ -120,7 +120,6 @@ def open_policy(base: Any, folder: Path, unfreeze: Unfreeze) -> Any:
             if hasattr(module, "lora_A"):
                 module.merge(safe_merge=True, adapter_names=["default"])
     folded = policy.unload()
-    vars(folded).pop("peft_config", None)
     if not isinstance(config.target_modules, str):  # PEFT takes no layers beside a pattern; opened modules are left out
         config.layers_to_transform = kept
     config.modules_to_save = opened

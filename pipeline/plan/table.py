@@ -68,7 +68,8 @@ def _disk(stage: StagePlan) -> str:
     text = f"disk: adapter {_size(disk['adapter'])}"
     if kept is None:
         return f"{text}, each checkpoint {_size(disk['checkpoint'])}"
-    return f"{text}, {kept} checkpoints of {_size(disk['checkpoint'])}, together {_size(disk['total'])}"
+    many = "checkpoint" if kept == 1 else "checkpoints"
+    return f"{text}, {kept} {many} of {_size(disk['checkpoint'])}, together {_size(disk['total'])}"
 
 
 def _time(stage: StagePlan) -> str:
