@@ -85,8 +85,6 @@ def outline(files: BaseFiles, experiment: Experiment, stage: Stage, dtype: torch
             if any(weight.startswith(f"{name}.") for weight in four_bits):
                 raise quantized_is_frozen(name)
         hold_in_float32(base, opened)
-        # Other initialisations read the weights, and change no shape.
-        config.init_lora_weights = True
         policy = _with_adapter(base, config)
         if stage == "dpo":
             policy.add_adapter(REFERENCE, config)
@@ -140,7 +138,7 @@ def _with_adapter(base: Any, config: Any) -> Any:
 
     try:
         return get_peft_model(base, config)
-    except ValueError as error:  # layers that LoRA cannot go on, e.g. in a state-space model
+    except ValueError as error:  # layers that LoRA cannot go on, or an initialisation that needs more than a name
         raise PipelineError(
             f"PEFT refuses this adapter on {type(base).__name__}: {' '.join(str(error).split())[:300]}",
             code="unsupported-scope",

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import errors as hub_errors
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -22,8 +18,6 @@ from pipeline.model.base import BaseFiles, find_base, load_base, load_tokenizer,
 from pipeline.model.device import Placement
 
 CPU = Placement(torch.device("cpu"), torch.float32)
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 def local(folder: Path) -> BaseFiles:
@@ -86,126 +80,6 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     assert "save_pretrained" in error.mend
 
 
-# The hub
-
-
-@pytest.fixture
-def cache(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, laid out as it lays it out: `org/tiny` at `main`, and an older commit with a tag; offline."""
-    repository = tmp_path / "hub" / "models--org--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "refs" / "v1").write_text(OLDER)
-    (repository / "blobs").mkdir()
-    for commit in (COMMIT, OLDER):
-        snapshot = repository / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        for file in tiny_folder.iterdir():
-            blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-            shutil.copyfile(file, blob)
-            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return repository
-
-
-@pytest.mark.parametrize(
-    ("revision", "commit"),
-    [(None, COMMIT), ("main", COMMIT), ("v1", OLDER), (OLDER, OLDER)],
-    ids=["default", "branch", "tag", "commit"],
-)
-def test_a_cached_hub_model_is_found_at_the_commit_of_its_revision(
-    cache: Path, revision: str | None, commit: str
-) -> None:
-    files = find_base(Model(id="org/tiny", revision=revision))
-    assert files == BaseFiles("org/tiny", cache / "snapshots" / commit, None, commit)
-
-
-def test_a_hub_model_is_named_by_its_id_and_not_by_the_cache(cache: Path) -> None:
-    """An adapter's configuration names its base by this."""
-    loaded = load_base(find_base(Model(id="org/tiny")), Model(), CPU)
-    assert loaded.name_or_path == "org/tiny"
-
-
-@pytest.mark.parametrize(
-    ("model_id", "revision", "command"),
-    [
-        ("org/other", None, "`hf download org/other`"),
-        ("org/tiny", "v2", "`hf download org/tiny --revision v2`"),
-        ("org/tiny", "f" * 40, f"`hf download org/tiny --revision {'f' * 40}`"),
-        ("tiny", None, "`hf download tiny`"),
-    ],
-)
-def test_a_hub_model_that_is_not_cached_is_an_error_with_the_command_to_fetch_it(
-    cache: Path, model_id: str, revision: str | None, command: str
-) -> None:
-    error = refusal(model_id, revision)
-    assert (error.code, error.pointer, error.exit_code) == ("model-not-cached", "/model/id", ExitCode.USAGE)
-    assert "HF_HUB_OFFLINE is set" in error.message
-    assert command in error.mend
-
-
-def test_a_cached_hub_model_without_safetensors_is_refused(cache: Path) -> None:
-    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
-    assert refusal("org/tiny").code == "no-safetensors"
-
-
-@pytest.mark.parametrize("model_id", ["org/a--b", "org/tiny.git", "a..b", "-tiny"])
-def test_an_id_that_the_hub_does_not_allow(model_id: str) -> None:
-    error = refusal(model_id)
-    assert (error.code, error.pointer) == ("unknown-model", "/model/id")
-    assert f"{model_id} is no id of the hub" in error.message
-
-
-def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def download(*arguments: Any, **settings: Any) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-
-def http_error(kind: type[hub_errors.HfHubHTTPError]) -> hub_errors.HfHubHTTPError:
-    return kind("4xx Client Error", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("kind", "code", "pointer", "mend"),
-    [
-        (hub_errors.GatedRepoError, "licence-not-accepted", "/model/id", "accept it on the page of org/tiny"),
-        (hub_errors.RepositoryNotFoundError, "unknown-model", "/model/id", "hf auth login"),
-        (hub_errors.RevisionNotFoundError, "unknown-revision", "/model/revision", "branch, tag or commit"),
-        (hub_errors.HfHubHTTPError, "model-not-cached", "/model/id", "hf download org/tiny --revision v9"),
-    ],
-)
-def test_what_the_hub_refuses_is_an_error_with_its_mend(
-    monkeypatch: pytest.MonkeyPatch, kind: type[hub_errors.HfHubHTTPError], code: str, pointer: str, mend: str
-) -> None:
-    hub_raises(monkeypatch, http_error(kind))
-    error = refusal("org/tiny", "v9")
-    assert (error.code, error.pointer, error.exit_code) == (code, pointer, ExitCode.USAGE)
-    assert "org/tiny" in error.message
-    assert mend in error.mend
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("refused"), RuntimeError("a chunk was cut off")], ids=["connection", "library"]
-)
-def test_a_broken_connection_is_said_as_one(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """The HTTP library's own errors are of no class that is ours to name."""
-    hub_raises(monkeypatch, error)
-    refused = refusal("org/tiny")
-    assert refused.code == "model-not-cached"
-    assert "the hub cannot be reached" in refused.message
-
-
-def test_a_full_disk_is_not_blamed_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_raises(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/cache/blob"))
-    error = refusal("org/tiny")
-    assert (error.code, error.exit_code, error.file) == ("cannot-write", ExitCode.MACHINE, "/cache/blob")
-    assert "No space left on device" in error.message
-
-
 # The hash of the weights
 
 
@@ -249,10 +123,6 @@ def test_a_blob_that_is_named_by_its_hash_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("blob")
     content = hashlib.sha256(b"large file").hexdigest()
     assert local(tmp_path).sha256() == hashlib.sha256(f"model.safetensors\0{content}\n".encode()).hexdigest()
-
-
-def test_the_cache_and_a_copy_of_it_hash_alike(cache: Path, tiny_folder: Path) -> None:
-    assert find_base(Model(id="org/tiny")).sha256() == local(tiny_folder).sha256()
 
 
 # Loading
@@ -377,75 +247,6 @@ def test_code_that_comes_with_a_model_is_run_when_asked(with_code: Path, monkeyp
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(with_code / "modules"))
     assert unloadable(with_code, Model(trust_remote_code=True)).code == "unloadable-model"
     assert (with_code / "ran").exists()
-
-
-# GGUF
-
-
-@pytest.fixture(scope="module")
-def gguf_file(make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random Llama in float32, under llama.cpp's names; its query and key rows interleave the rotary halves."""
-    import gguf
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    inside = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for block in range(3):
-        names |= {f"model.layers.{block}.{ours}": f"blk.{block}.{theirs}" for ours, theirs in inside.items()}
-    model = make_model("llama", tie_word_embeddings=False)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(3)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(64)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(ord("!") + index) for index in range(62)] + ["!!", "<|end|>"])
-    writer.add_token_merges(["! !"])
-    writer.add_eos_token_id(63)
-    for ours, theirs in names.items():
-        weight = model.get_submodule(ours).weight.detach()
-        heads = {"q_proj": 4, "k_proj": 2}.get(ours.rpartition(".")[2])
-        if heads is not None:
-            weight = weight.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{theirs}.weight", weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_a_gguf_model_is_loaded_and_can_be_saved(
-    gguf_file: Path, make_model: Callable[..., Any], logits_of: Callable[[Any], torch.Tensor], tmp_path: Path
-) -> None:
-    loaded = load_base(find_base(Model(id=str(gguf_file))), Model(), CPU)
-    expected = logits_of(make_model("llama", tie_word_embeddings=False))
-    assert torch.allclose(logits_of(loaded), expected, atol=1e-5)
-    loaded.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(loaded))
-
-
-def test_a_gguf_file_brings_its_tokenizer(gguf_file: Path) -> None:
-    tokenizer = load_tokenizer(find_base(Model(id=str(gguf_file))), Model(), None)
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|end|>")
-    assert tokenizer("A!!").input_ids == [32, 62]  # `!` is 0, and 33 in ASCII, where `A` is 65
 
 
 # The tokenizer
