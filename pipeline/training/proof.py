@@ -82,7 +82,7 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
                 inputs = trainer._prepare_inputs(dict(batch))
                 references.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, inputs), dim=1))
                 labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-                with trainer.compute_loss_context_manager():
+                with trainer.accelerator.autocast():
                     outputs = trainer.model(
                         input_ids=inputs["input_ids"],
                         attention_mask=inputs["attention_mask"],
