@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
+
+from pipeline.data.columns import FieldName
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
@@ -108,6 +111,16 @@ class Split(_Section):
     """The file that is trained on, relative to this file."""
     eval: Text | None = None
     """Held-out rows of the same kind."""
+    map: dict[Text, FieldName] = Field(default_factory=dict)
+    """Columns of both files that have names of their own, and the field that each stands for: `question: prompt`."""
+
+    @model_validator(mode="after")
+    def _one_column_a_field(self) -> Self:
+        fields = list(self.map.values())
+        for column, field in self.map.items():
+            if fields.count(field) > 1:
+                raise _refuse(f"two columns stand for the field `{field}`", "keep one of the two", "map", column)
+        return self
 
 
 class Data(_Section):
@@ -120,6 +133,12 @@ class Data(_Section):
     on_invalid: Literal["refuse", "set-aside"] = "refuse"
     """What becomes of rows that cannot be trained on: `refuse` ends before a model is loaded; `set-aside` trains
     without them, and writes each with its reasons to `set-aside.jsonl` in the run folder."""
+
+    def columns(self, path: str, kind: str) -> dict[str, str]:
+        """The `map` that the file `path` is read with: that of the split of its kind, where the split names it."""
+        split = self.demonstrations if kind == "demonstration" else self.preferences
+        named = [] if split is None else [Path(file) for file in (split.train, split.eval) if file is not None]
+        return dict(split.map) if split is not None and Path(path) in named else {}
 
 
 class Lora(_Section):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.result import Report, Violation
+from pipeline.data.shards import expand
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment, Split
 
@@ -137,10 +138,12 @@ def token_reports(experiment: Experiment) -> list[TokenReport]:
     from pipeline.model.base import find_base, load_tokenizer
 
     tokenizer = load_tokenizer(find_base(experiment.model), experiment.model, experiment.tokenizer.chat_template)
+    splits = {"demonstration": experiment.data.demonstrations, "preference": experiment.data.preferences}
+    columns = {kind: split.map for kind, split in splits.items() if split is not None}
     reports = []
     for stage, kind, path in _files(experiment):
         try:
-            rows = load_rows(Path(path), kind, set_aside=True)
+            rows = load_rows(path, kind, set_aside=True, columns=columns[kind])
         except PipelineErrors:
             continue  # the file's own report says it
         if stage == "sft":
@@ -163,14 +166,19 @@ def token_reports(experiment: Experiment) -> list[TokenReport]:
     return reports
 
 
-def _files(experiment: Experiment) -> list[tuple[str, str, str]]:
-    """Stage, kind and path of each file that is trained or evaluated on during training, each once."""
+def _files(experiment: Experiment) -> list[tuple[str, str, Path]]:
+    """Stage, kind and path of each file that is trained or evaluated on during training, each shard once."""
     splits: list[tuple[str, str, Split | None]] = [
         ("sft", "demonstration", experiment.data.demonstrations),
         ("dpo", "preference", experiment.data.preferences),
     ]
     named = [
-        (stage, kind, path) for stage, kind, split in splits if split for path in (split.train, split.eval) if path
+        (stage, kind, shard)
+        for stage, kind, split in splits
+        if split
+        for path in (split.train, split.eval)
+        if path
+        for shard in expand(Path(path))
     ]
     return list(dict.fromkeys(named))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.data.check import load_rows
@@ -45,16 +45,7 @@ def validate(
     loose = []
     for file in files:
         if file.suffix.lower() in _EXPERIMENT:
-            experiment = load_experiment(file).experiment
-            uses = _uses(experiment)
-            named = [
-                CheckedFile(check_large_file(path, its, max_errors=max_errors, near=near), use, str(name))
-                for (name, its), use in uses.items()
-                for path in expand(name)
-            ]
-            warn_of_overlap(named, max_errors)
-            add_tokens([one.report for one in named], experiment, max_errors, tokens)
-            reports += [one.report for one in named]
+            reports += _of_experiment(load_experiment(file).experiment, max_errors, near, tokens)
         else:
             for path in expand(file):
                 report = check_large_file(path, kind, max_errors=max_errors, near=near, columns=columns)
@@ -64,9 +55,33 @@ def validate(
     return reports
 
 
-def named_files(experiment: Experiment) -> Iterator[tuple[Path, str]]:
-    """The data files that an experiment names, each with its kind, each once."""
-    yield from _uses(experiment)
+def _of_experiment(experiment: Experiment, max_errors: int, near: bool | None, tokens: bool | None) -> list[Report]:
+    """The reports of the files that an experiment names; arguments are those of `validate`."""
+    named: list[CheckedFile] = []
+    for (name, kind), uses in _uses(experiment).items():
+        columns = experiment.data.columns(str(name), kind)
+        for path in expand(name):
+            report = check_large_file(path, kind, max_errors=max_errors, near=near, columns=columns)
+            named.append(CheckedFile(report, uses, str(name)))
+    warn_of_overlap(named, max_errors)
+    add_tokens([one.report for one in named], experiment, max_errors, tokens)
+    for name, kind in _uses(experiment):
+        shards = [one.report for one in named if (one.name, one.report.kind) == (str(name), kind)]
+        # Where no row is left, training is refused.
+        if (
+            _may_set_aside(experiment, name)
+            and all(one.separable for one in shards)
+            and any(one.valid for one in shards)
+        ):
+            for report in shards:
+                report.put_aside(max_errors)
+    return [one.report for one in named]
+
+
+def _may_set_aside(experiment: Experiment, path: Path) -> bool:
+    """Whether rows of a file that are wrong may be left out; of the questions that are compared on none may be."""
+    prompts = experiment.evaluation.prompts
+    return experiment.data.on_invalid == "set-aside" and (prompts is None or path != Path(prompts))
 
 
 def _uses(experiment: Experiment) -> dict[tuple[Path, str], list[Use]]:
@@ -95,12 +110,10 @@ def require_experiment_data(experiment: Experiment) -> None:
         PipelineErrors: what is wrong in any of them.
     """
     errors: list[PipelineError] = []
-    prompts = experiment.evaluation.prompts
-    for path, kind in named_files(experiment):
-        # Of the questions that are compared on none may be missing.
-        aside = experiment.data.on_invalid == "set-aside" and (prompts is None or path != Path(prompts))
+    for path, kind in _uses(experiment):
+        columns = experiment.data.columns(str(path), kind)
         try:
-            load_rows(path, kind, set_aside=aside)
+            load_rows(path, kind, set_aside=_may_set_aside(experiment, path), columns=columns)
         except PipelineErrors as refused:
             errors += refused.errors
         except PipelineError as refused:

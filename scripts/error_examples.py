@@ -112,6 +112,7 @@ TOLD: dict[str, str] = {
     "broken-utf-8": "A file saved as Latin-1: `é` is one byte in it.",
     "row-too-long": "A line of more than 16 MiB.",
     "evaluated-on-training-data": "The same question in `demonstrations.train.jsonl` and in `held-out.jsonl`.",
+    "duplicate-across-files": "A row of `demonstrations.train.jsonl` that `demonstrations.eval.jsonl` has as well.",
     "shared-prompts": "The same question in `demonstrations.train.jsonl` and in `preferences.train.jsonl`.",
     "prompts-differ": "`chosen` and `rejected` are whole conversations that begin differently.",
     "no-common-prompt": "`chosen` and `rejected` are texts that have no beginning in common.",

@@ -45,6 +45,15 @@ def test_reports_are_those_of_this_process(write_experiment: Any, bad: Path) -> 
     assert token_check._ask(given) == token_reports(given)
 
 
+def test_shards_have_a_report_each(write_experiment: Any, bad: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    shards = [tmp_path / "shards" / name for name in ("1.jsonl", "2.jsonl")]
+    for shard in shards:
+        shard.write_bytes(bad.read_bytes())
+    given = experiment(write_experiment, data={"demonstrations": {"train": str(tmp_path / "shards")}})
+    assert [(one.file, one.dropped) for one in token_reports(given)][:2] == [(str(shard), 2) for shard in shards]
+
+
 @pytest.mark.parametrize("model", ["someone/some-model", "./nowhere"])
 def test_a_tokenizer_that_is_not_at_hand(write_experiment: Any, bad: Path, model: str) -> None:
     report = check_file(bad, "demonstration")

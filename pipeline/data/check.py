@@ -167,7 +167,7 @@ def load_rows(
         reports.append(_Check(Source(shard), kind, max(1, max_errors), keep, columns=columns).report)
         finish(reports[-1], max_errors)
     report = reports[0] if len(reports) == 1 else combined(Path(path), reports)
-    if not report.ok and not (set_aside and keep.to_the_end):
+    if not report.ok and not (set_aside and report.separable):
         raise _refusal(report)
     return CheckedRows(keep.rows, report, keep.set_aside, keep.pointers)
 
@@ -179,17 +179,12 @@ class _Kept:
     rows: list[Demonstration | Preference] = field(default_factory=list)
     pointers: list[str] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
-    to_the_end: bool = True
-    """Whether every row of the file is in one of the two."""
 
     def add(self, row: SourceRow, canonical: Demonstration | Preference) -> None:
         self.rows.append(canonical)
         self.pointers.append(_row_pointer(row))
 
     def put_aside(self, file: str, row: SourceRow, findings: list[Finding]) -> None:
-        if not row.readable and row.index is not None and row.text:
-            self.to_the_end = False  # where the next row of an array begins cannot be told
-            return
         # What is wrong as a text (a key twice, say) is gone from the value.
         as_text = row.index is None and row.text and (row.findings or not row.readable)
         value = row.text if as_text else row.value
@@ -234,8 +229,6 @@ class _Check:
         except PipelineError as error:
             self.report.add_file_error(error, max_errors)
             self.complete = False
-            if keep is not None:
-                keep.to_the_end = False
         self.report.sha256 = source.sha256
 
     def _row(self, row: SourceRow, keep: _Kept | None) -> None:
@@ -262,7 +255,9 @@ class _Check:
             unread = {finding.keys for finding in findings}
             more = [self._columns.own(finding) for finding in more]
             findings = findings + [finding for finding in more if finding.keys not in unread]
-        if keep is not None:
+        if not row.readable and row.index is not None and row.text:
+            self.report.separable = False  # where the next row of an array begins cannot be told
+        elif keep is not None:
             keep.put_aside(self.report.file, row, findings)
         self.report.error_count += len(findings)
         self.report.error_counts.update(finding.code for finding in findings)

@@ -68,6 +68,7 @@ MENDS: dict[str, str] = {
     "opposite-preference": "find out which of the two is right, and drop the other, or both",
     "length-bias": "balance the pairs, or expect the model to learn length: compare `length_mean` before and after",
     "evaluated-on-training-data": "drop the row from one of the two files: a score on what was trained on says nothing",
+    "duplicate-across-files": "drop the row from one of the files",
     "shared-prompts": "nothing, if it is meant (answers to demonstrations' prompts, say); else drop them from one",
     "near-duplicate": "drop one of the two, unless the small difference is the point",
     "few-rows": "a handful of rows shows that a setup works; it teaches a model little",

@@ -1,23 +1,25 @@
-"""Columns under names of their own: `--map COLUMN=FIELD`."""
+"""Columns under names of their own: `--map COLUMN=FIELD`, and `map` of an experiment's data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pipeline.data.codes import MENDS
 from pipeline.data.place import Finding, shown
 from pipeline.errors import PipelineError
 
-FIELDS = (
-    *("messages", "tools", "prompt", "completion", "chosen", "rejected"),
-    *("input", "preferred_output", "non_preferred_output"),
-    *("instruction", "output", "system", "history", "conversations"),
-    *("question", "chosen_response", "rejected_response"),
-)
-"""The top-level keys that some format knows."""
+# fmt: off
+FieldName = Literal[
+    "messages", "tools", "prompt", "completion", "chosen", "rejected", "input", "preferred_output",
+    "non_preferred_output", "instruction", "output", "system", "history", "conversations", "question",
+    "chosen_response", "rejected_response",
+]
+# fmt: on
+"""A top-level key that some format knows."""
+FIELDS: tuple[str, ...] = get_args(FieldName)
 
 
 def read_map(pairs: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What is kept of each row after it has passed: hashes, by which rows and prompts are found again.
 
-A row takes 24 bytes here (16 where there are no preferences, 8 more in a JSON array) and each prompt it answers 16;
+A row takes 24 bytes here (16 where there are no preferences, 8 more in a JSON array) and each prompt it answers 12;
 looking for copies takes up to 12 more a row for a moment. That two different texts have the same hash of 64 bits has a
 chance of 3 in a million among ten million rows; what hangs on it is a warning.
 """
@@ -29,6 +29,10 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"line {self.line}" + ("" if self.element is None else f" (/{self.element})")
 
+    def of(self, file: str) -> str:
+        """The same behind the name of its file."""
+        return f"{file}:{self.line}" + ("" if self.element is None else f" (/{self.element})")
+
 
 class Fingerprints:
     """The hashes of the rows of one file, in their order."""
@@ -36,33 +40,35 @@ class Fingerprints:
     def __init__(self) -> None:
         self.prompts = array("Q")
         """Of each prompt that is answered in the file, however it is cased, spaced and encoded."""
-        self._prompt_lines = array("Q")
-        self._rows = array("Q")
+        self._prompt_rows = array("I")
+        """Of each of them, the number of its row."""
+        self.rows = array("Q")
+        """Of each row, all that is trained on."""
         self._opposites = array("Q")
         """For a preference, the hash of the row that prefers it the other way round."""
         self._lines = array("Q")
         self._indices = array("Q")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def add(self, row: Demonstration | Preference, index: int | None) -> None:
         """Takes one row's."""
         if isinstance(row, Preference):
             frame = _digest(row.prompt) + (json.dumps(row.tools, sort_keys=True).encode() if row.tools else b"")
             chosen, rejected = _digest(row.chosen), _digest(row.rejected)
-            self._rows.append(_number(frame + chosen + rejected))
+            self.rows.append(_number(frame + chosen + rejected))
             self._opposites.append(_number(frame + rejected + chosen))
         else:
             parts = [_digest(part) for part in (row.messages, row.prompt, row.completion) if part is not None]
-            frame = json.dumps([row.prompt_turns, row.tools], sort_keys=True).encode()
-            self._rows.append(_number(b"".join(parts) + frame))
+            frame = json.dumps([row.prompt_turns, row.trained_turns, row.tools], sort_keys=True).encode()
+            self.rows.append(_number(b"".join(parts) + frame))
+        for prompt in _prompts(row):
+            self.prompts.append(prompt)
+            self._prompt_rows.append(len(self._lines))
         self._lines.append(row.line)
         if index is not None:
             self._indices.append(index)
-        for prompt in _prompts(row):
-            self.prompts.append(prompt)
-            self._prompt_lines.append(row.line)
 
     def extend(self, other: Fingerprints, lines: int) -> None:
         """Takes those of the rows that follow in the file.
@@ -71,30 +77,30 @@ class Fingerprints:
             other: theirs, with lines counted from 1.
             lines: how many lines of the file come before them.
         """
-        self._rows.extend(other._rows)
+        self._prompt_rows.extend(array("I", [len(self) + number for number in other._prompt_rows]))
+        self.prompts.extend(other.prompts)
+        self.rows.extend(other.rows)
         self._opposites.extend(other._opposites)
         self._lines.extend(array("Q", [line + lines for line in other._lines]))
         self._indices.extend(other._indices)
-        self.prompts.extend(other.prompts)
-        self._prompt_lines.extend(array("Q", [line + lines for line in other._prompt_lines]))
 
     def place(self, number: int) -> Place:
         """Of the row with this number, from 0."""
         return Place(self._lines[number], self._indices[number] if self._indices else None)
 
-    def prompt_line(self, number: int) -> int:
-        """The line of the row that answers the prompt with this number, from 0."""
-        return self._prompt_lines[number]
+    def prompt_row(self, number: int) -> int:
+        """The number of the row that answers the prompt with this number, both from 0."""
+        return self._prompt_rows[number]
 
-    def forget_rows(self) -> None:
-        """Keeps what is needed to find prompts, and no more."""
-        self._rows, self._opposites, self._lines, self._indices = (array("Q") for _ in range(4))
+    def forget_opposites(self) -> None:
+        """Keeps what finds rows and prompts in other files, and no more."""
+        self._opposites = array("Q")
 
     def repeats(self) -> Iterator[tuple[int, int, bool]]:
         """Rows that an earlier row equals or contradicts: the numbers of both, and whether they are equal."""
-        index = Index(self._rows)
+        index = Index(self.rows)
         opposites = self._opposites
-        for number, row in enumerate(self._rows):
+        for number, row in enumerate(self.rows):
             if (first := index.add(number, row)) is not None:
                 yield number, first, True
             elif opposites and (against := index.find(opposites[number])) is not None:
@@ -153,17 +159,18 @@ def normalised(text: str) -> str:
 def _prompts(row: Demonstration | Preference) -> Iterator[int]:
     """A hash of all that comes before each answer that is trained on, but for the system's turns."""
     hashed = blake2b(digest_size=8)
+    only: tuple[int, ...] | None = None
     if isinstance(row, Preference):
         turns, trained = row.prompt, None
     elif row.messages is None:
         turns, trained = row.prompt or "", None
     else:
-        turns, trained = row.messages, row.prompt_turns
+        turns, trained, only = row.messages, row.prompt_turns, row.trained_turns
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
     for number, turn in enumerate(turns):
         role = turn["role"]
-        if role == "assistant" and trained is not None and number >= trained:
+        if role == "assistant" and trained is not None and number >= trained and (only is None or number in only):
             yield int.from_bytes(hashed.digest(), "little")
         if role not in _SYSTEM:
             hashed.update(_bytes(f"{role}\0{normalised(turn['content'])}\0"))

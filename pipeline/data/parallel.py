@@ -102,6 +102,7 @@ def _together(asked: list[Future[Piece]], sha256: str, max_errors: int) -> Repor
         report.errors += [replace(error, line=error.line and error.line + lines) for error in piece.errors[:room]]
         report.rows += piece.rows
         report.valid += piece.valid
+        report.separable &= piece.separable
         report.error_count += piece.error_count
         report.error_counts.update(piece.error_counts)
         report.counts.fold(piece.counts)

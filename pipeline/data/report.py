@@ -24,6 +24,7 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
         "ok": all(report.ok for report in reports),
         "rows": sum(report.rows for report in reports),
         "valid": sum(report.valid for report in reports),
+        "set_aside": sum(report.set_aside for report in reports),
         "format": _common(report.format for report in reports),
         "kind": _common(report.kind for report in reports),
         "errors": [error for file in files for error in file["errors"]],
@@ -67,6 +68,8 @@ def _headline(report: Report, console: Console) -> Text:
         line = Text(("✓ " if unicode else "ok "), "green")
         line.append(report.file, "bold")
         line.append(f"  {_count(report.rows, 'row')}")
+        if report.set_aside:
+            line.append(f", {report.set_aside:,} of them would be set aside", "yellow")
     else:
         line = Text(("✗ " if unicode else "!! "), "red")
         line.append(report.file, "bold")

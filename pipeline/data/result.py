@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.data.audit import Audit
@@ -70,6 +70,10 @@ class Report:
     """All errors by code, those included that `errors` has no place for."""
     warning_counts: Counter[str] = field(default_factory=Counter)
     """The same of warnings."""
+    separable: bool = True
+    """Whether all rows could be told apart, so that training may go on without the wrong ones."""
+    set_aside: int = 0
+    """Wrong rows that training would go on without (`put_aside`)."""
     tokens: dict[str, Any] | None = None
     """What an experiment's tokenizer does to the rows (`tokenised.Counted`); None: not asked."""
     counts: Audit = field(default_factory=Audit, repr=False)
@@ -84,6 +88,7 @@ class Report:
 
     def add_file_error(self, error: PipelineError, max_errors: int, *, in_front: bool = False) -> None:
         """Counts an error of the file as a whole and keeps it if there is room."""
+        self.separable = False
         self.error_count += 1
         self.error_counts[error.code] += 1
         violation = Violation(self.file, error.line, error.pointer, error.code, error.message, error.mend)
@@ -107,6 +112,15 @@ class Report:
             at = None if line is None else "" if index is None else pointer((index,))
             self.warnings.append(Violation(self.file, line, at, code, message, MENDS[code], severity="warning"))
 
+    def put_aside(self, max_warnings: int) -> None:
+        """Makes the errors of rows warnings, where training would go on without the rows (`data.on_invalid`)."""
+        assert self.separable, "rows that cannot be told apart cannot be set aside"
+        self.set_aside = self.rows - self.valid
+        found = [replace(error, severity="warning") for error in self.errors]
+        self.warnings = (found + self.warnings)[:max_warnings]
+        self.warning_counts = self.error_counts + self.warning_counts
+        self.errors, self.error_count, self.error_counts = [], 0, Counter()
+
     def as_dict(self) -> dict[str, Any]:
         """The report as `--format json` prints it."""
         return {
@@ -114,6 +128,7 @@ class Report:
             "ok": self.ok,
             "rows": self.rows,
             "valid": self.valid,
+            "set_aside": self.set_aside,
             "format": self.format,
             "kind": self.kind,
             "errors": [error.as_dict() for error in self.errors],

@@ -53,6 +53,7 @@ def combined(path: Path, reports: Sequence[Report]) -> Report:
     for report in reports:
         whole.rows += report.rows
         whole.valid += report.valid
+        whole.separable &= report.separable
         whole.errors += report.errors
         whole.warnings += report.warnings
         whole.error_count += report.error_count

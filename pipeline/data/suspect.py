@@ -12,7 +12,7 @@ def finish(report: Report, max_warnings: int, near: NearDuplicates | None = None
     """Draws up `format`, `audit` and the warnings of a report whose rows have all been counted.
 
     Args:
-        report: of one file; what finds its rows again is dropped, what finds its prompts is kept.
+        report: of one file; what finds its rows and prompts in other files is kept.
         max_warnings: how many the report keeps; all are counted.
         near: what compared the same rows; None: nothing did.
     """
@@ -37,7 +37,7 @@ def finish(report: Report, max_warnings: int, near: NearDuplicates | None = None
         for one in found:
             message = f"{one.similarity:.0%} the same as the row at {prints.place(one.earlier)}"
             report.warn("near-duplicate", message, max_warnings, *prints.place(one.number))
-    prints.forget_rows()
+    prints.forget_opposites()
     if 0 < report.rows < _FEW_ROWS:
         count = "1 row" if report.rows == 1 else f"{report.rows} rows"
         report.warn("few-rows", f"the file has {count} only", max_warnings)

@@ -132,7 +132,8 @@ def _questions(experiment: Experiment) -> list[Question]:
             pointer="/evaluation/prompts",
             mend="add `evaluation: {prompts: FILE}`, a file of demonstration rows that training does not see",
         )
-    rows = load_rows(Path(evaluation.prompts), "demonstration").rows[: evaluation.max_prompts]
+    columns = experiment.data.columns(evaluation.prompts, "demonstration")
+    rows = load_rows(Path(evaluation.prompts), "demonstration", columns=columns).rows[: evaluation.max_prompts]
     return [question for row in rows if (question := question_of(row)) is not None]
 
 
@@ -141,7 +142,8 @@ def _asked(experiment: Experiment, tokenizer: Any, questions: list[Question]) ->
     held_out = preferences.eval if preferences is not None else None
     pairs: list[Pair] = []
     if held_out is not None:  # the rows that DPO was evaluated on: its manifest counts those that were set aside
-        rows = load_rows(Path(held_out), "preference", set_aside=experiment.data.on_invalid == "set-aside")
+        aside, columns = experiment.data.on_invalid == "set-aside", experiment.data.columns(held_out, "preference")
+        rows = load_rows(Path(held_out), "preference", set_aside=aside, columns=columns)
         pairs, _ = tokenize_preferences(tokenizer, rows, experiment.dpo.max_length)
     return Asked(
         questions=questions,

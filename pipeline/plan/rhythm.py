@@ -51,7 +51,8 @@ def count_rows(experiment: Experiment, stage: Stage, files: BaseFiles) -> Rows:
     aside = experiment.data.on_invalid == "set-aside"
     rows: CheckedRows[Any]
     try:
-        rows = load_rows(Path(split.train), "demonstration" if stage == "sft" else "preference", set_aside=aside)
+        kind = "demonstration" if stage == "sft" else "preference"
+        rows = load_rows(Path(split.train), kind, set_aside=aside, columns=split.map)
     except PipelineError as error:
         if error.exit_code is not ExitCode.USAGE:
             raise

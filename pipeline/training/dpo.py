@@ -135,7 +135,10 @@ def run_dpo(
     origin, sft_run = find_start(experiment, root, start)
     console.print(f"start and reference: {origin.name}")
     aside = experiment.data.on_invalid == "set-aside"
-    checked = {use: load_rows(Path(path), "preference", set_aside=aside) for use, path in split_files(split).items()}
+    checked = {
+        use: load_rows(Path(path), "preference", set_aside=aside, columns=split.map)
+        for use, path in split_files(split).items()
+    }
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     if sft_run is not None:

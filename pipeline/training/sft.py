@@ -70,7 +70,10 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
         )
     require_options("sft", stage.options)
     aside = experiment.data.on_invalid == "set-aside"
-    checked = {use: load_rows(Path(path), "demonstration", set_aside=aside) for use, path in split_files(split).items()}
+    checked = {
+        use: load_rows(Path(path), "demonstration", set_aside=aside, columns=split.map)
+        for use, path in split_files(split).items()
+    }
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     datasets, data, accounts, set_aside = {}, [], [], []

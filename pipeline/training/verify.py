@@ -15,7 +15,7 @@ from pipeline.data.check import load_rows
 from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
-from pipeline.experiment import Experiment
+from pipeline.experiment import Data, Experiment
 from pipeline.model.adapter import adapter_sha256, attached
 from pipeline.model.base import load_base, template_sha256
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
@@ -58,7 +58,7 @@ def verify_run(run: Run, experiment: Experiment, root: Path, console: Console) -
         _same("base weights", manifest["base"]["sha256"], ground.base_sha256),
         _same("chat template", manifest["tokenizer"]["template_sha256"], template_sha256(ground.tokenizer)),
         _same("adapter", manifest["adapter"]["sha256"], _adapter(run.adapter)),
-        *[_data(entry) for entry in manifest["data"]],
+        *[_data(entry, experiment.data) for entry in manifest["data"]],
         _versions(manifest["versions"]),
     ]
     if run.stage == "dpo":
@@ -89,10 +89,11 @@ def _adapter(folder: Path) -> str | None:
         return None
 
 
-def _data(entry: dict[str, Any]) -> Finding:
-    name = f"data {Path(entry['path']).name}"
+def _data(entry: dict[str, Any], data: Data) -> Finding:
+    path, kind = entry["path"], entry["kind"]
+    name = f"data {Path(path).name}"
     try:
-        rows = load_rows(Path(entry["path"]), entry["kind"], set_aside=True)
+        rows = load_rows(Path(path), kind, set_aside=True, columns=data.columns(path, kind))
     except PipelineError as error:
         return Finding(name, False, f"cannot be read as it was: {error.message}")
     return _same(name, entry["sha256"], rows.report.sha256)

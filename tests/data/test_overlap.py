@@ -1,4 +1,4 @@
-"""Prompts in more than one file: which pairs are warned of, and where."""
+"""Rows and prompts in more than one file: which pairs are warned of, and where."""
 
 import json
 
@@ -9,7 +9,7 @@ from pipeline.data.overlap import CheckedFile, Use, warn_of_overlap
 
 TRAIN, EVAL = Use("sft", trains=True), Use("sft", trains=False)
 DPO_TRAIN, DPO_EVAL, PROMPTS = Use("dpo", trains=True), Use("dpo", trains=False), Use("evaluation", trains=False)
-CODES = ("evaluated-on-training-data", "shared-prompts")
+CODES = ("evaluated-on-training-data", "shared-prompts", "duplicate-across-files")
 
 
 def message(role, content):
@@ -26,8 +26,8 @@ def file(tmp_path):
     return file
 
 
-def text(prompt):
-    return {"prompt": prompt, "completion": "x"}
+def text(prompt, completion="x"):
+    return {"prompt": prompt, "completion": completion}
 
 
 def pair(prompt):
@@ -44,16 +44,49 @@ def warned(file):
 
 def test_every_evaluated_row_that_is_trained_on(file):
     train = file("train.jsonl", [text("a"), text("b"), text("c")], TRAIN)
-    held = file("eval.jsonl", [text("x"), text("B "), text("a"), text("y")], EVAL)
+    held = file("eval.jsonl", [text("x"), text("B "), text("a", "y"), text("y")], EVAL)
     warn_of_overlap([train, held], 100)
     assert warned(train) == []
     assert warned(held) == [(2, "evaluated-on-training-data"), (3, "evaluated-on-training-data")]
     assert held.report.warnings[-1].message == f"the prompt is trained on at {train.report.file}:1"
-    assert held.report.audit["overlap"] == [{"file": train.report.file, "rows": 2}]
+    assert held.report.audit["overlap"] == [{"file": train.report.file, "rows": 2, "same_rows": 0}]
+
+
+def test_a_whole_row_that_is_trained_on_and_evaluated_on(file):
+    train = file("train.jsonl", [text("a"), text("b"), text("c")], TRAIN)
+    held = file("eval.jsonl", [text("x"), text("c"), text("a", "y"), text("b")], EVAL)
+    warn_of_overlap([train, held], 100)
+    assert warned(held) == [(2, CODES[2]), (3, CODES[0]), (4, CODES[2])]
+    said = [one.message for one in held.report.warnings if one.code == CODES[2]]
+    assert said == [f"the same row is trained on at {train.report.file}:{line}" for line in (3, 2)]
+    assert held.report.audit["overlap"] == [{"file": train.report.file, "rows": 3, "same_rows": 2}]
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart(file, tmp_path):
+    train = file("train.jsonl", [text("a"), text("b")], TRAIN)
+    (tmp_path / "eval.json").write_text(json.dumps([text("b"), text("x"), text("a")]))
+    held = CheckedFile(check_file(tmp_path / "eval.json"), [EVAL])
+    warn_of_overlap([train, held], 100)
+    assert [one.pointer for one in held.report.warnings if one.code == CODES[2]] == ["/0", "/2"]
+    assert held.report.audit["overlap"][0]["same_rows"] == 2
+
+
+def test_rows_with_other_trained_turns_are_not_the_same(file):
+    def talk(*weights):
+        turns = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
+        for turn, weight in zip(turns[1::2], weights, strict=True):
+            turn["weight"] = weight
+        return {"messages": turns}
+
+    train = file("train.jsonl", [talk(1, 0), talk(0, 1), talk(1, 1), talk(0, 1)], TRAIN)
+    assert train.report.audit["duplicate_rows"] == 1
+    first, second = file("one.jsonl", [text("a")], EVAL), file("two.jsonl", [talk(0, 1)], EVAL)
+    warn_of_overlap([file("last.jsonl", [talk(0, 1)], TRAIN), first, second], 100)
+    assert (warned(first), warned(second)) == ([], [(1, CODES[2])])
 
 
 def test_the_evaluated_file_is_warned_of_whichever_comes_first(file):
-    held, train = file("eval.jsonl", [text("a")], EVAL), file("train.jsonl", [text("a")], TRAIN)
+    held, train = file("eval.jsonl", [text("a", "y")], EVAL), file("train.jsonl", [text("a")], TRAIN)
     warn_of_overlap([held, train], 100)
     assert (warned(held), warned(train)) == ([(1, "evaluated-on-training-data")], [])
 
@@ -79,11 +112,16 @@ def test_stages(file, first, second, code):
 
 
 def test_files_of_unknown_use_get_one_warning_with_both_places(file):
-    files = [file("one.jsonl", [text("z"), text("a"), text("b")]), file("two.jsonl", [text("q"), text("a"), text("b")])]
-    warn_of_overlap(files, 100)
-    assert warned(files[1]) == [(2, "shared-prompts")]
-    said = files[1].report.warnings[-1].message
-    assert said == f"2 rows have a prompt of {files[0].report.file}, this one that of its line 2"
+    one = file("one.jsonl", [text("z"), text("a"), text("b"), text("c")])
+    two = file("two.jsonl", [text("q"), text("a", "y"), text("b", "y"), text("c")])
+    warn_of_overlap([one, two], 100)
+    assert warned(two) == [(4, "duplicate-across-files"), (2, "shared-prompts")]
+    said = [warning.message for warning in two.report.warnings[-2:]]
+    assert said == [
+        f"1 row stands in another file as well, this one at {one.report.file}:4",
+        f"2 rows have a prompt of {one.report.file}, this one that of its line 2",
+    ]
+    assert two.report.audit["overlap"] == [{"file": one.report.file, "rows": 3, "same_rows": 1}]
 
 
 def test_a_file_that_is_trained_on_and_evaluated_on(file):
@@ -121,16 +159,20 @@ def test_a_row_is_warned_of_once_and_all_are_counted(file):
     talk = {
         "messages": [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
     }
-    train, held = file("train.jsonl", [talk], TRAIN), file("eval.jsonl", [talk, talk, talk], EVAL)
+    other = {"messages": [*talk["messages"][:3], message("assistant", "e")]}
+    train, held = file("train.jsonl", [talk], TRAIN), file("eval.jsonl", [other, other, other], EVAL)
     warn_of_overlap([train, held], 2)
     assert held.report.warning_counts["evaluated-on-training-data"] == 3
     assert held.report.audit["overlap"][0]["rows"] == 3
 
 
-def test_shards_of_one_data_set_are_not_compared(file):
-    shards = [file("one.jsonl", [text("a")], TRAIN), file("two.jsonl", [text("a")], TRAIN)]
-    held = file("eval.jsonl", [text("a")], EVAL)
+def test_of_shards_of_one_data_set_only_whole_rows_are_compared(file):
+    rows = [[text("a"), text("b")], [text("a", "y"), text("c")], [text("c"), text("d"), text("b")]]
+    shards = [file(f"{number}.jsonl", some, TRAIN) for number, some in enumerate(rows)]
+    held = file("eval.jsonl", [text("a", "z")], EVAL)
     for shard in shards:
         shard.name = "shards/"
     warn_of_overlap([*shards, held], 100)
-    assert [warned(one) for one in (*shards, held)] == [[], [], [(1, CODES[0])] * 2]
+    assert [warned(one) for one in (*shards, held)] == [[], [], [(1, CODES[2])], [(1, CODES[0])] * 2]
+    said = f"2 rows stand in another file as well, this one at {shards[1].report.file}:2"
+    assert shards[2].report.warnings[-1].message == said
