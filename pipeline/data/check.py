@@ -20,7 +20,7 @@ from pipeline.data.result import Report as Report
 from pipeline.data.result import Violation as Violation
 from pipeline.data.rows import Demonstration, Kind, Preference
 from pipeline.data.rules import broken_rules
-from pipeline.data.schema import violations
+from pipeline.data.schema import accepts_at_once, violations
 from pipeline.data.shards import combined, expand
 from pipeline.data.source_row import SourceRow
 from pipeline.data.strict_json import locate
@@ -275,8 +275,9 @@ def _prove(row: SourceRow, kind: Kind | None, format: str | Finding) -> tuple[Co
     if isinstance(format, Finding):
         return None, [format]
     assert kind is not None
-    findings = list(islice(violations(row.value, kind, format), MAX_FINDINGS_PER_ROW))
-    if findings:
+    if not accepts_at_once(row.value, kind, format) and (
+        findings := list(islice(violations(row.value, kind, format), MAX_FINDINGS_PER_ROW))
+    ):
         return None, findings
     try:
         converted = convert(row.value, format, row.number)

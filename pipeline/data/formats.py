@@ -13,6 +13,9 @@ from pipeline.data.place import Finding, shown
 from pipeline.data.rows import Kind
 
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_PREFERRED = frozenset(("preferred_output", "non_preferred_output"))
+_RESPONSES = frozenset(("chosen_response", "rejected_response"))
+_CHOICE = frozenset(("chosen", "rejected"))
 
 
 def detect_kind(values: Iterable[Any]) -> Kind | None:
@@ -36,7 +39,9 @@ def detect_format(value: Any, kind: Kind | None, first: str | None = None) -> st
     """
     if not isinstance(value, dict):
         return Finding("not-an-object", f"the row is {type_name(value)}, not an object")
-    row = {key: item for key, item in value.items() if item is not None} or value
+    row = value
+    if None in value.values():
+        row = {key: item for key, item in value.items() if item is not None} or value
     for key in _MEDIA:
         if row.get(key):
             return Finding("unsupported-media", f"the row has `{key}`: only text can be trained on", (key,))
@@ -71,11 +76,11 @@ def _demonstrations(row: dict[str, Any]) -> list[str]:
 def _preferences(row: dict[str, Any]) -> list[str]:
     """The formats of preferences that the row may have, the likeliest first."""
     keys = row.keys()
-    if not keys.isdisjoint(("preferred_output", "non_preferred_output")):
+    if not keys.isdisjoint(_PREFERRED):
         return ["openai-preference"]
-    if not keys.isdisjoint(("chosen_response", "rejected_response")):
+    if not keys.isdisjoint(_RESPONSES):
         return ["response-preference"]
-    if keys.isdisjoint(("chosen", "rejected")):
+    if keys.isdisjoint(_CHOICE):
         return ["alpaca-ranked"] if "instruction" in keys and isinstance(row.get("output"), list) else []
     if "prompt" in keys:
         if isinstance(row["prompt"], str) and _begins_with_prompt(row):
@@ -125,8 +130,8 @@ def _begins_with_prompt(row: dict[str, Any]) -> bool:
 
 def _forms(row: dict[str, Any], *keys: str) -> list[str]:
     """TRL's `standard` or `conversational`, whichever more of the values at `keys` are of; both where none is."""
-    lists = sum(isinstance(row.get(key), list) for key in keys)
-    texts = sum(isinstance(row.get(key), str) for key in keys)
+    types = [type(row.get(key)) for key in keys]
+    lists, texts = types.count(list), types.count(str)
     if lists == texts:
         return ["conversational", "standard"]
     return ["standard" if texts > lists else "conversational"]

@@ -192,15 +192,17 @@ class Source:
 
     def _lines(self, file: BinaryIO) -> Iterator[SourceRow]:
         number = rows = 0
-        while (self._end is None or file.tell() < self._end) and (line := file.readline(MAX_ROW_BYTES + 1)):
+        whole = self._end is None  # a piece's bytes are hashed by who divides the file
+        while (whole or file.tell() < (self._end or 0)) and (line := file.readline(MAX_ROW_BYTES + 1)):
             number += 1
-            self._hash.update(line)
+            if whole:
+                self._hash.update(line)
             if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
                 while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
                     self._hash.update(rest)
                 self._hash.update(rest)
                 yield SourceRow(number, None, "", 0, findings=[too_long()])
-            elif line.strip(b" \t\r\n"):
+            elif line[0] > 0x20 or line.strip(b" \t\r\n"):
                 row = self._line(*_decode(line), number)
                 if not rows and not self._start and _spans_lines(row, self.path):
                     raise self._error("not-rows", "one JSON object over several lines, not one a line", number)

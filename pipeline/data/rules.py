@@ -7,11 +7,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.data.convert import Converted
+from pipeline.data.convert.base import Places
 from pipeline.data.place import Finding, Keys
 from pipeline.data.rows import Message, Preference
 from pipeline.data.schema import is_blank
 
 _Where = Sequence[Keys]
+
+# fmt: off
+_KNOWN_ORDERS: dict[str, set[tuple[str, ...]]] = {
+    "conversation": {
+        ("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant"),
+        ("system", "user", "assistant", "user", "assistant"),
+    },
+    "prompt": {("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user")},
+    "answer": {("assistant",)},
+}
+# fmt: on
+"""The roles of most rows, which break no rule: the others are looked at turn by turn."""
+_HEAD = 64
 
 
 def broken_rules(converted: Converted) -> Iterator[Finding]:
@@ -21,27 +35,29 @@ def broken_rules(converted: Converted) -> Iterator[Finding]:
         yield from _preference(row, places)
     elif row.messages is not None:
         where = places["messages"]
-        yield from _blank(row.messages, where)
         if cut := row.prompt_turns:
+            yield from _blank(row.messages, where)
             yield from _prompt(row.messages[:cut], where[:cut])
             yield from _answer("completion", row.messages[cut:], where[cut:])
-        else:
+        elif not _plainly_right("conversation", row.messages):
+            yield from _blank(row.messages, where)
             yield from _conversation(row.messages, where)
 
 
-def _preference(row: Preference, places: dict[str, list[Keys]]) -> Iterator[Finding]:
-    if not isinstance(row.prompt, str):
+def _preference(row: Preference, places: Places) -> Iterator[Finding]:
+    if not (isinstance(row.prompt, str) or _plainly_right("prompt", row.prompt)):
         yield from _blank(row.prompt, places["prompt"])
         yield from _prompt(row.prompt, places["prompt"])
-    for name in ("chosen", "rejected"):
-        answer = getattr(row, name)
-        if not isinstance(answer, str):
+    for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if not (isinstance(answer, str) or _plainly_right("answer", answer)):
             yield from _blank(answer, places[name])
             yield from _answer(name, answer, places[name])
+    if not _begin_alike(row.chosen, row.rejected):
+        return
     at = places["rejected"][0][:1]
     if _said(row.chosen) == _said(row.rejected):
         yield Finding("chosen-equals-rejected", "`chosen` and `rejected` are the same", at)
-    elif _alike(row.chosen, row.rejected):
+    elif _normalised(row.chosen) == _normalised(row.rejected):
         message = "`chosen` and `rejected` differ in spaces or in how characters are encoded alone"
         yield Finding("chosen-equals-rejected", message, at)
 
@@ -49,7 +65,7 @@ def _preference(row: Preference, places: dict[str, list[Keys]]) -> Iterator[Find
 def _blank(messages: list[Message], where: _Where) -> Iterator[Finding]:
     """Content that came in parts: the schema sees each part, not that all are blank."""
     for message, keys in zip(messages, where, strict=True):
-        if message["role"] != "tool" and not message.get("tool_calls") and is_blank(message["content"]):
+        if is_blank(message["content"]) and message["role"] != "tool" and not message.get("tool_calls"):
             yield Finding("empty-content", "`content` is blank", (*keys, "content"))
 
 
@@ -78,6 +94,12 @@ def _answer(name: str, messages: list[Message], where: _Where) -> Iterator[Findi
     if len(messages) > 1 and messages[-1]["role"] != "assistant":
         message = f"`{name}` ends with the {_name(messages[-1])} turn, not the assistant's"
         yield Finding("last-not-assistant", message, (*where[-1], "role"))
+
+
+def _plainly_right(part: str, messages: list[Message]) -> bool:
+    """Whether turns break no rule as most do not: known roles, and something to be seen in each."""
+    roles, contents = tuple([message["role"] for message in messages]), [message["content"] for message in messages]
+    return roles in _KNOWN_ORDERS[part] and not any(map(is_blank, contents))
 
 
 def _order(messages: list[Message], where: _Where, before: Message | None) -> Iterator[Finding]:
@@ -113,18 +135,15 @@ def _said(answer: str | list[Message]) -> Any:
     return [(message["role"], message["content"], message.get("tool_calls")) for message in answer]
 
 
-def _alike(one: str | list[Message], other: str | list[Message]) -> bool:
-    """Whether two answers are equal when normalised; most plain texts differ within their first words."""
-    if isinstance(one, str) and isinstance(other, str):
-        plain = one.isascii() and other.isascii()
-        if plain and one.split(None, 3)[:3] != other.split(None, 3)[:3]:
-            return False
-    elif isinstance(one, list) and isinstance(other, list):
-        if len(one) != len(other):
-            return False
-        if not all(_alike(mine["content"], its["content"]) for mine, its in zip(one, other, strict=True)):
-            return False
-    return bool(_normalised(one) == _normalised(other))
+def _begin_alike(one: str | list[Message], other: str | list[Message]) -> bool:
+    """False only where the first three words differ however they are normalised, which saves comparing the rest."""
+    first, second = (answer if isinstance(answer, str) else answer[0]["content"][:_HEAD] for answer in (one, other))
+    first, second = first[:_HEAD], second[:_HEAD]
+    if not (first.isascii() and second.isascii()):
+        return True
+    words, others = first.split(None, 3), second.split(None, 3)
+    # A fourth word shows that the third is whole; nothing in ASCII is changed by normalising.
+    return len(words) < 4 or len(others) < 4 or words[:3] == others[:3]
 
 
 def _normalised(answer: str | list[Message]) -> Any:

@@ -70,13 +70,16 @@ def _visible() -> re.Pattern[str]:
 
 def is_blank(text: str) -> bool:
     """Whether the schemas take `text` for blank: nothing in it can be seen."""
-    return _visible().search(text) is None
+    return not "!" <= text[:1] <= "~" and _visible().search(text) is None
+
+
+def accepts_at_once(row: dict[str, Any], kind: Kind, format: str) -> bool:
+    """Whether `row` is seen at once to conform to its format; where it is not, `violations` decides."""
+    return _fast(kind, format)(row)
 
 
 def violations(row: dict[str, Any], kind: Kind, format: str) -> Iterator[Finding]:
     """Everything in which `row` departs from the definition of its format; nothing is said twice."""
-    if _fast(kind, format)(row):
-        return
     said: set[tuple[Keys | None, str]] = set()
     for error in _validator(kind, format).iter_errors(row):
         for leaf in _leaves(error):

@@ -81,7 +81,7 @@ class StrictJson:
         # Counting brackets is fast, and a row with few of them cannot be nested deeply.
         if text.count("{", start, end) + text.count("[", start, end) > MAX_DEPTH:
             self._odd = True
-        if _ODD_ESCAPE.search(text, start, end):
+        if text.find("\\", start, end) >= 0 and _ODD_ESCAPE.search(text, start, end):
             self._odd = True
         return Parsed(value, end, self._odd)
 
@@ -109,6 +109,8 @@ class StrictJson:
 
 def skip_space(text: str, start: int) -> int:
     """The offset of the first character from `start` on that is no JSON white space."""
+    if text[start : start + 1] > " ":
+        return start
     match = _SPACE.match(text, start)
     assert match is not None
     return match.end()

@@ -13,7 +13,7 @@ def test_messages_are_kept_with_their_extra_keys():
     row, places = convert(value, "messages", 3)
     assert row == Demonstration(messages=[{**USER, "name": "Ada"}, ANSWER], tools=[{"name": "now"}])
     assert (row.prompt_turns, row.line) == (0, 3)
-    assert places == {"messages": [("messages", 0), ("messages", 1)]}
+    assert places == {"messages": (("messages", 0), ("messages", 1))}
 
 
 def test_parts_are_joined_and_nulls_dropped():
@@ -36,7 +36,7 @@ def test_prompt_and_completion_become_one_conversation():
     value = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
     row, places = convert(value, "conversational-prompt-completion", 1)
     assert row == Demonstration(messages=[USER, ANSWER, USER, ANSWER], prompt_turns=3)
-    assert places["messages"] == [("prompt", 0), ("prompt", 1), ("prompt", 2), ("completion", 0)]
+    assert places["messages"] == (("prompt", 0), ("prompt", 1), ("prompt", 2), ("completion", 0))
 
 
 def test_text_is_taken_as_it_stands():
@@ -44,7 +44,7 @@ def test_text_is_taken_as_it_stands():
     assert row == Demonstration(prompt=" a", completion="b\n")
     row, places = convert({"prompt": "a", "chosen": "b", "rejected": "c"}, "standard-preference", 1)
     assert row == Preference("a", "b", "c")
-    assert places == {"prompt": [("prompt",)], "chosen": [("chosen",)], "rejected": [("rejected",)]}
+    assert places == {"prompt": (("prompt",),), "chosen": (("chosen",),), "rejected": (("rejected",),)}
 
 
 def test_preference_in_messages():

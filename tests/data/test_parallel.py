@@ -36,9 +36,9 @@ def same(path, kind=None, max_errors=100, **options):
     several = check_large_file(path, kind, max_errors=max_errors, near=False, workers=2, **options)
     assert whole(several) == whole(one)
     assert list(several.prints.prompts) == list(one.prints.prompts)
-    assert [several.prints.prompt_line(n) for n in range(len(several.prints.prompts))] == [
-        one.prints.prompt_line(n) for n in range(len(one.prints.prompts))
-    ]
+    assert list(several.prints.rows) == list(one.prints.rows)
+    places = [[it.place(it.prompt_row(n)) for n in range(len(it.prompts))] for it in (several.prints, one.prints)]
+    assert places[0] == places[1]
     return one
 
 

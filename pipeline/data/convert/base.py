@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pipeline.data.place import Finding, Keys
 from pipeline.data.rows import Demonstration, Message, Preference, Tools
 from pipeline.data.strict_json import JsonError, StrictJson
 
-Places = dict[str, list[Keys]]
+Places = Mapping[str, Sequence[Keys]]
 """For each field of the canonical row: where in the file's row each of its messages (or its text) stands."""
 
 _OTHER_KEYS = {"role": "from", "content": "value"}
@@ -63,15 +64,22 @@ def turns_of(messages: Sequence[dict[str, Any]]) -> list[Message]:
 
 
 def _turn(message: dict[str, Any]) -> Message:
+    if len(message) == 2 and type(message.get("content")) is str:
+        return message.copy()
     turn = {key: value for key, value in message.items() if value is not None}
     content = turn.get("content", "")
     turn["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return turn
 
 
-def places_of(part: str | Sequence[Any], *keys: str | int) -> list[Keys]:
+def places_of(part: str | Sequence[Any], *keys: str | int) -> tuple[Keys, ...]:
     """Where a text, or each message of a list, stands that stands at `keys`."""
-    return [keys] if isinstance(part, str) else [(*keys, index) for index in range(len(part))]
+    return (keys,) if isinstance(part, str) else _places(keys, len(part))
+
+
+@lru_cache(maxsize=1024)
+def _places(keys: Keys, count: int) -> tuple[Keys, ...]:
+    return tuple((*keys, index) for index in range(count))
 
 
 def tools_of(value: dict[str, Any], *keys: str) -> Tools | None:

@@ -5,6 +5,7 @@ https://developers.openai.com/api/docs/guides/direct-preference-optimization
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.data.convert.base import Converted, RefusedError, json_in, places_of, tools_of, turns_of
@@ -54,7 +55,7 @@ def preference(value: dict[str, Any], line: int) -> Converted:
     return Converted(row, places)
 
 
-def _turns(messages: list[dict[str, Any]], places: list[Keys]) -> list[Message]:
+def _turns(messages: list[dict[str, Any]], places: Sequence[Keys]) -> list[Message]:
     turns = turns_of(messages)
     for message, keys in zip(turns, places, strict=True):
         message.pop("weight", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.data.convert.base import Converted, RefusedError, json_in, places_of, tools_of, turn
@@ -34,7 +35,7 @@ def preference(value: dict[str, Any], line: int) -> Converted:
     return Converted(row, {"prompt": places, "chosen": [("chosen",)], "rejected": [("rejected",)]})
 
 
-def _conversation(value: dict[str, Any]) -> tuple[list[Message], list[Keys]]:
+def _conversation(value: dict[str, Any]) -> tuple[list[Message], Sequence[Keys]]:
     given = value["conversations"]
     places = places_of(given, "conversations")
     turns = [_turn(one, keys) for one, keys in zip(given, places, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.data.convert.base import Converted, RefusedError, places_of, tools_of, turns_of
-from pipeline.data.place import Finding
+from pipeline.data.place import Finding, Keys
 from pipeline.data.rows import Demonstration, Message, Preference
 
 
@@ -36,10 +36,17 @@ def standard_prompt_completion(value: dict[str, Any], line: int) -> Converted:
 
 def preference(value: dict[str, Any], line: int) -> Converted:
     """A prompt and two answers, all of them text or all of them messages."""
-    fields = {key: value[key] for key in ("prompt", "chosen", "rejected")}
-    texts = {key: part if isinstance(part, str) else turns_of(part) for key, part in fields.items()}
-    row = Preference(**texts, tools=tools_of(value), line=line)
-    return Converted(row, {key: places_of(part, key) for key, part in fields.items()})
+    parts = [value["prompt"], value["chosen"], value["rejected"]]
+    prompt, chosen, rejected = [part if isinstance(part, str) else turns_of(part) for part in parts]
+    row = Preference(prompt, chosen, rejected, tools_of(value), line)
+    return Converted(
+        row,
+        {
+            "prompt": places_of(prompt, "prompt"),
+            "chosen": places_of(chosen, "chosen"),
+            "rejected": places_of(rejected, "rejected"),
+        },
+    )
 
 
 def implicit_prompt(value: dict[str, Any], line: int) -> Converted:
@@ -79,7 +86,7 @@ def implicit_prompt(value: dict[str, Any], line: int) -> Converted:
     )
 
 
-def _rest(part: str | list[Message], key: str, cut: int) -> list[tuple[str | int, ...]]:
+def _rest(part: str | list[Message], key: str, cut: int) -> tuple[Keys, ...]:
     return places_of(part, key) if isinstance(part, str) else places_of(part, key)[cut:]
 
 
