@@ -9,10 +9,11 @@ from rich.console import Console
 from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.runs import compare_runs
 from pipeline.experiment import Experiment
+from pipeline.model.device import give_memory_back
 from pipeline.runs.run import read_run
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
-from pipeline.training.stage import Outcome, give_memory_back
+from pipeline.training.stage import Outcome
 from pipeline.validation import require_experiment_data
 
 

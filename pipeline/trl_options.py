@@ -44,7 +44,10 @@ ELSEWHERE = {
 """Fields whose place in the experiment has another name, or is outside the stage's section."""
 
 _MASKS = "the rows are tokenized, and the loss is masked, before TRL sees them"
-_PACKING = "packed rows are not supported: their masks are not proven yet"
+_PACKING = (
+    "it fills a batch with more rows than `per_device_train_batch_size` says, whose masks and weights would differ"
+)
+_PADDING = "batches go without padding by themselves, wherever the model computes the same on them"
 _RECORD = "`metrics.jsonl` is the record of the run, and has every logged step"
 _HUB = "a run stays on this machine; its `adapter/` can be uploaded as it is"
 _LAST = "a run's adapter is that of its last step, which its manifest and its metrics describe"
@@ -60,7 +63,7 @@ _UNUSED = "the command decides what is run"
 
 REFUSED = {
     "accelerator_config": _BATCHES,
-    "auto_find_batch_size": _BATCHES,
+    "auto_find_batch_size": "a step that does not fit in the memory is cut in halves by itself, its rows the same",
     "dataloader_in_order": _BATCHES,
     "assistant_only_loss": _MASKS,
     "completion_only_loss": _MASKS,
@@ -74,7 +77,7 @@ REFUSED = {
     "eval_packing": _PACKING,
     "packing": _PACKING,
     "packing_strategy": _PACKING,
-    "padding_free": _PACKING,
+    "padding_free": _PADDING,
     "eos_token": "the tokenizer is the model's own, and the masks count on its stop token",
     "pad_token": "the tokenizer is the model's own, and the masks do not read the padding token",
     "batch_eval_metrics": "no function computes metrics from logits here",

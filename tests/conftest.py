@@ -18,6 +18,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_MODE", None)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--record` writes the recorded trajectories of tests/invariant anew."""
+    parser.addoption("--record", action="store_true", help="write the recorded trajectories anew")
+
+
 TINY_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

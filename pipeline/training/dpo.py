@@ -20,11 +20,13 @@ from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
 from pipeline.model.adapter import adapter_sha256, attached, open_policy, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
+from pipeline.model.device import give_memory_back
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.model.scope import trainable_of
 from pipeline.runs.run import Run, find_run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
@@ -42,7 +44,6 @@ from pipeline.training.stage import (
     begin,
     data_entry,
     dry_run_of,
-    give_memory_back,
     longest,
     manifest_of,
     require_options,
@@ -55,10 +56,11 @@ from pipeline.training.stage import (
 )
 
 
-class _Trainer(DPOTrainer):  # type: ignore[misc]
+class _Trainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on pairs that come tokenised, with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
+    mean_over_rows = True
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         # `data.tokens` made the same columns from the proven rows, and counted what was cut or left out.
@@ -193,6 +195,7 @@ def run_dpo(
             processing_class=ground.tokenizer,
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
+        trainer.say = console.print
         size = stage.per_device_train_batch_size
         batches = [
             trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])

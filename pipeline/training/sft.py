@@ -20,6 +20,8 @@ from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.scope import hold_in_float32, lora_config, trainable_of
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.micro_batches import MicroBatches
+from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.stage import (
     Outcome,
     begin,
@@ -37,7 +39,7 @@ from pipeline.training.stage import (
 )
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]
+class _Trainer(MicroBatches, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
@@ -115,9 +117,13 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
             peft_config=adapter_config,
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
+        trainer.say = console.print
+        why_padded = leave_padding_out(trainer)
+        if why_padded is not None:
+            console.print(f"batches keep their padding: {why_padded}", highlight=False)
         trainable = trainable_of(trainer.model)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
-        run.update(trainable=trainable.as_dict())
+        run.update(trainable=trainable.as_dict(), engine={"padding_free": why_padded is None})
         metrics = train(trainer, run, tracker, console, unfreeze)
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import resource
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment
 from pipeline.model.base import template_sha256
-from pipeline.model.device import Placement
+from pipeline.model.device import Placement, is_out_of_memory
 from pipeline.model.ground import Ground, Say
 from pipeline.model.scope import Trainable, is_opened
 from pipeline.runs.provenance import provenance
@@ -220,7 +219,7 @@ def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: 
         guard.interrupted = True
     finally:
         screen.close()
-        run.update(metrics=recorder.last)
+        run.update(metrics=recorder.last, micro_batches_cut_in=trainer.pieces)
     if guard.failure is not None:
         raise guard.failure
     if guard.interrupted:
@@ -294,10 +293,7 @@ def recorded(run: Run) -> Iterator[None]:
 
 def machine_failure(error: Exception) -> PipelineError | None:
     """The message for a machine that failed (memory, disk); None for anything else."""
-    text = str(error).lower()
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    ):
+    if is_out_of_memory(error):
         return PipelineError(
             "the memory does not hold a training step",
             code="out-of-memory",
@@ -322,10 +318,3 @@ def peak_memory(placement: Placement) -> int:
         return int(torch.cuda.max_memory_allocated(placement.device))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB
-
-
-def give_memory_back() -> None:
-    """Frees what nothing refers to any more, on the GPU too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
