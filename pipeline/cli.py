@@ -151,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--skip-invalid", action="store_true", help="leave out rows that are wrong, and count them")
     inspect = add("inspect", _inspect, "a row as tokens: what is in the loss, where it is cut", experiment)
     inspect.add_argument("--stage", choices=("sft", "dpo"), help="else each that has data")
-    inspect.add_argument("--row", type=int, default=1, metavar="N", help="which valid row of the file, from 1")
+    which = "the line of the row in JSONL and CSV, in other files which row it is, from 1; else the first that is right"
+    inspect.add_argument("--row", type=int, metavar="N", help=which)
     inspect.add_argument("--ids", action="store_true", help="a line for each token, with its id")
     plan = add("plan", _plan, "what would be trained, in how many steps and how much memory", experiment)
     plan.add_argument("--stage", choices=("sft", "dpo"), help="whose figures come first; else the first that has data")

@@ -15,6 +15,7 @@ from pipeline.data.check import CheckedRows, load_rows
 from pipeline.data.masks import IGNORED, label_demonstration, tokens_of
 from pipeline.data.place import printable
 from pipeline.data.rows import Demonstration, Message, Preference
+from pipeline.data.shards import expand
 from pipeline.data.tokenised import Counted, label_demonstrations, tokenize_preferences
 from pipeline.data.tokens import render, tokenize_sequences
 from pipeline.errors import ExitCode, PipelineError
@@ -32,7 +33,7 @@ class Example:
     stage: Stage
     file: str
     row: int
-    """Among the valid rows of the file, from 1."""
+    """Its number as `--row` takes it (`number_of`)."""
     line: int
     side: str | None
     """`chosen` or `rejected`; None for a demonstration."""
@@ -71,17 +72,19 @@ class Example:
         }
 
 
-def inspect(experiment: Experiment, tokenizer: Any, stage: Stage | None = None, row: int = 1) -> list[Example]:
+def inspect(
+    experiment: Experiment, tokenizer: Any, stage: Stage | None = None, row: int | None = None
+) -> list[Example]:
     """A row of the training file of a stage, as its trainer gets it.
 
     Args:
         experiment: with absolute paths.
         tokenizer: the model's.
         stage: None: each stage that has data.
-        row: which of the file's valid rows, from 1.
+        row: as `number_of` counts, in the first of several shards; None: the first row that is right.
 
     Raises:
-        PipelineError: no such data, file or row, or the chat template refuses it.
+        PipelineError: no such data, file or row, the row is wrong, or the chat template refuses it.
     """
     splits = {"sft": experiment.data.demonstrations, "dpo": experiment.data.preferences}
     stages = [one for one in ("sft", "dpo") if splits[one] is not None and stage in (None, one)]
@@ -97,28 +100,57 @@ def inspect(experiment: Experiment, tokenizer: Any, stage: Stage | None = None, 
     for one in stages:
         split = splits[one]
         assert split is not None
+        file = expand(Path(split.train))[0]
         if one == "sft":
-            rows = _only(load_rows(Path(split.train), "demonstration", set_aside=True), row)
-            examples.append(_demonstration(tokenizer, rows, row, experiment.sft.max_length))
+            rows = _only(load_rows(file, "demonstration", set_aside=True, columns=split.map), row)
+            examples.append(_demonstration(tokenizer, rows, experiment.sft.max_length))
         else:
-            pairs = _only(load_rows(Path(split.train), "preference", set_aside=True), row)
-            examples += _preference(tokenizer, pairs, row, experiment.dpo.max_length)
+            pairs = _only(load_rows(file, "preference", set_aside=True, columns=split.map), row)
+            examples += _preference(tokenizer, pairs, experiment.dpo.max_length)
     return examples
 
 
-def _only(rows: CheckedRows[Any], row: int) -> CheckedRows[Any]:
-    if not 1 <= row <= len(rows):
+def number_of(line: int | None, pointer: str) -> int:
+    """The number of a row, from 1, as it is found in the file: its line in JSONL and CSV, else which row it is.
+
+    Args:
+        line: where it begins.
+        pointer: of the row: `/0` for the first of a JSON array or of a table, empty in JSONL and CSV.
+    """
+    return int(pointer[1:]) + 1 if pointer else line or 0
+
+
+def _only(rows: CheckedRows[Any], row: int | None) -> CheckedRows[Any]:
+    """The rows without all but the one that is asked for."""
+    numbers = [number_of(one.line, pointer) for one, pointer in zip(rows.rows, rows.pointers, strict=True)]
+    wrong = {number_of(one.line, one.pointer): one for one in rows.set_aside}
+    if row in wrong:
+        code, message = wrong[row].reasons[0]
         raise PipelineError(
-            f"there is no row {row}: the file has {len(rows):,} valid rows",
+            message,
+            code=code,
+            file=rows.report.file,
+            line=wrong[row].line,
+            pointer=wrong[row].pointer or None,
+            mend=f"the row is wrong and would not be trained on: see `pipeline validate {rows.report.file}`",
+            exit_code=ExitCode.WRONG,
+        )
+    at = numbers.index(row) if row in numbers else 0
+    if not numbers or (row is not None and row not in numbers):
+        what = "there is no right row" if row is None else f"no row has the number {row}"
+        known = sorted([*numbers, *wrong])
+        raise PipelineError(
+            what,
             code="no-such-row",
             file=rows.report.file,
-            mend=f"give --row a number from 1 to {len(rows):,}; `pipeline validate` lists rows that are not valid",
+            mend=f"give a row's number as `pipeline validate` names it, from {known[0]:,} to {known[-1]:,}; of several "
+            "shards this is the first, name another with --set",
             exit_code=ExitCode.USAGE,
         )
-    return CheckedRows([rows.rows[row - 1]], rows.report, [], [rows.pointers[row - 1]])
+    return CheckedRows([rows.rows[at]], rows.report, [], [rows.pointers[at]])
 
 
-def _demonstration(tokenizer: Any, rows: CheckedRows[Demonstration], row: int, max_length: int) -> Example:
+def _demonstration(tokenizer: Any, rows: CheckedRows[Demonstration], max_length: int) -> Example:
     one = rows.rows[0]
     whole = label_demonstration(tokenizer, one)
     counted = label_demonstrations(tokenizer, rows, max_length)[1]
@@ -127,10 +159,10 @@ def _demonstration(tokenizer: Any, rows: CheckedRows[Demonstration], row: int, m
         origin = _origin(tokenizer, one.messages, one.tools, whole.input_ids)
     else:
         origin = _plain_origin(tokenizer, f"{one.prompt}{one.completion}", whole.input_ids)
-    return _example("sft", rows, row, None, whole.input_ids, mask, origin, tokenizer, counted, max_length)
+    return _example("sft", rows, None, whole.input_ids, mask, origin, tokenizer, counted, max_length)
 
 
-def _preference(tokenizer: Any, rows: CheckedRows[Preference], row: int, max_length: int) -> Iterator[Example]:
+def _preference(tokenizer: Any, rows: CheckedRows[Preference], max_length: int) -> Iterator[Example]:
     one = rows.rows[0]
     whole = tokenize_sequences(tokenizer, one)
     counted = tokenize_preferences(tokenizer, rows, max_length)[1]
@@ -141,13 +173,12 @@ def _preference(tokenizer: Any, rows: CheckedRows[Preference], row: int, max_len
         else:
             origin = _origin(tokenizer, [*one.prompt, *answer], one.tools, ids)
         mask = [int(at >= whole.start) for at in range(len(ids))]
-        yield _example("dpo", rows, row, side, ids, mask, origin, tokenizer, counted, max_length)
+        yield _example("dpo", rows, side, ids, mask, origin, tokenizer, counted, max_length)
 
 
 def _example(
     stage: Stage,
     rows: CheckedRows[Any],
-    row: int,
     side: str | None,
     ids: list[int],
     mask: list[int],
@@ -160,7 +191,7 @@ def _example(
     return Example(
         stage=stage,
         file=rows.report.file,
-        row=row,
+        row=number_of(rows.rows[0].line, rows.pointers[0]),
         line=rows.rows[0].line,
         side=side,
         ids=ids[:max_length],

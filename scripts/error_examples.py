@@ -1,6 +1,6 @@
-"""For each code of `pipeline.data.codes`: rows that give it, and the same rows mended.
+"""For each code of `pipeline.data.codes` that rows of text can show: rows that give it, and the same rows mended.
 
-Several rows are several lines. What a row of text cannot show is told in a sentence instead.
+Several rows are several lines. What takes a file, an experiment or a tokenizer is in `error_scenes`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,17 @@ EXAMPLES: dict[str, Example] = {
         '{"chosen": "Human: Hi", "rejected": "Human: Hi"}',
         '{"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: Go"}',
     ),
+    "prompts-differ": Example(
+        '{"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Go\\n\\nAssistant: Bye"}',
+        '{"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: Bye"}',
+    ),
+    "no-common-prompt": Example(
+        '{"chosen": "Four.", "rejected": "Is it five?"}',
+        '{"prompt": "2 + 2?", "chosen": "Four.", "rejected": "Is it five?"}',
+    ),
+    "no-answer": Example(
+        '{"chosen": "2 + 2 =", "rejected": "2 + 2 = 5"}', '{"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}'
+    ),
     "system-not-first": Example(talk(USER, '{"role": "system", "content": "Be kind"}', ANSWER), GOOD),
     "first-not-user": Example(talk(ANSWER), GOOD),
     "roles-not-alternating": Example(talk(USER, USER, ANSWER), GOOD),
@@ -94,27 +105,4 @@ EXAMPLES: dict[str, Example] = {
     ),
     "length-bias": Example(BIAS, BALANCED),
     "few-rows": Example(TEXT, "\n".join(TEXT.replace("2 +", f"{n} +") for n in range(10))),
-}
-
-TOLD: dict[str, str] = {
-    "no-such-file": "`pipeline validate gone.jsonl`, where there is no such file.",
-    "is-a-folder": "A folder with no data files in it, or one where a file is expected.",
-    "special-file": "A pipe (FIFO), a socket, a device.",
-    "unreadable-file": "No permission, a symbolic link that leads to itself, a disk that fails.",
-    "file-changed": "Its size, time of change or inode are not the same before and after it was read.",
-    "unreadable-dataset": "`hf:no/such-data:train`.",
-    "unknown-column": "`--map answer=completion`, where no row has `answer`.",
-    "unsupported-file": "A zip archive, say.",
-    "broken-archive": "A download of a `.gz` that was cut off.",
-    "archive-too-large": "An archive that unpacks to very much more than its size.",
-    "invalid-table": "A Parquet file that was cut off; a CSV file with a quote that is never closed.",
-    "wrong-encoding": "A file saved as “Unicode” by a Windows program: UTF-16.",
-    "broken-utf-8": "A file saved as Latin-1: `é` is one byte in it.",
-    "row-too-long": "A line of more than 16 MiB.",
-    "evaluated-on-training-data": "The same question in `demonstrations.train.jsonl` and in `held-out.jsonl`.",
-    "duplicate-across-files": "A row of `demonstrations.train.jsonl` that `demonstrations.eval.jsonl` has as well.",
-    "shared-prompts": "The same question in `demonstrations.train.jsonl` and in `preferences.train.jsonl`.",
-    "prompts-differ": "`chosen` and `rejected` are whole conversations that begin differently.",
-    "no-common-prompt": "`chosen` and `rejected` are texts that have no beginning in common.",
-    "no-answer": "An answer that holds its prompt and nothing more.",
 }

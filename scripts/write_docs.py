@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from error_examples import EXAMPLES, TOLD
+from error_examples import EXAMPLES, Example
+from error_scenes import COMMAND_SCENES, SCENES, TOKEN_SCENES, Said, Scene, checked, write
 
 from pipeline.data.codes import MENDS, TOKEN_MENDS
 from pipeline.data.near import MAX_ROWS, THRESHOLD
@@ -50,20 +54,56 @@ def data_errors() -> str:
         parts += [f"### {code}", f"Mend: {mend}."]
         if example := EXAMPLES.get(code):
             kind = f" (`--kind {example.kind}`)" if example.kind else ""
-            parts.append(f"Wrong{kind}:\n\n{_block(example.wrong)}\n\nMended:\n\n{_block(example.mended)}")
+            said = played(code, partial(check_example, example))
+            parts += [f"Wrong{kind}:\n\n{_block(example.wrong)}", said, f"Mended:\n\n{_block(example.mended)}"]
         else:
-            parts.append(TOLD[code])
+            parts += [SCENES[code].told, played(code, SCENES[code].play)]
     parts += [
         "## Codes that need the model's tokenizer",
-        "Found by `pipeline validate EXPERIMENT` and before training; a row that has one is right as a row.",
-        "\n".join(f"- `{code}`: {mend}" for code, mend in TOKEN_MENDS.items()),
+        "Found by `pipeline validate EXPERIMENT` and before training; a row that has one is right as a row. In the "
+        "examples the tokenizer has a token for each byte, and ChatML where no other template is given.",
     ]
+    for code, mend in TOKEN_MENDS.items():
+        scene = TOKEN_SCENES[code]
+        parts += [f"### {code}", f"Mend: {mend}."]
+        if isinstance(scene, Scene):
+            parts.append(scene.told)
+        else:
+            cut = f" (`max_length: {scene.max_length}`)" if scene.max_length != 1024 else ""
+            parts.append(f"Row{cut}:\n\n{_block(scene.rows)}")
+            if scene.template is not None:
+                parts.append(f"Template:\n\n{_block(scene.template, 'jinja')}")
+        parts.append(played(code, scene.play))
+    parts += [
+        "## Codes of commands that read data",
+        "What keeps a command from its work; what it says has the mend in it.",
+    ]
+    for code, act in COMMAND_SCENES.items():
+        parts += [f"### {code}", act.told, played(code, act.play, with_mend=True)]
     return "\n\n".join(parts) + "\n"
 
 
-def _block(text: str) -> str:
+def check_example(example: Example, here: Path) -> Said:
+    return checked(write(here, example.wrong), kind=example.kind, near=True)
+
+
+def played(code: str, play: Callable[[Path], Said], *, with_mend: bool = False) -> str:
+    """What the package says in a scene: the first finding with the code, its place without the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder).resolve()
+        found = next((one for one in play(here) if one.code == code), None)
+        assert found is not None, f"the example of {code} does not give it"
+        place = ":".join(str(part) for part in (found.file, found.line) if part is not None)
+        lines = [" ".join(part for part in (place, found.pointer) if part) + f": {found.message} [{found.code}]"]
+        if with_mend:
+            lines.append(f"  {found.mend}")
+        text = "\n".join(line.removeprefix(": ") for line in lines).replace(f"{here}/", "")
+    return f"It says:\n\n```\n{text}\n```"
+
+
+def _block(text: str, language: str = "json") -> str:
     cut = text if len(text) <= WIDTH else text[:WIDTH] + " …"
-    return f"```json\n{cut}\n```" if cut else "*(nothing)*"
+    return f"```{language}\n{cut}\n```" if cut else "*(nothing)*"
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -79,3 +80,74 @@ def test_no_such_data(write_experiment: Any, tiny_tokenizer: Any) -> None:
     with pytest.raises(PipelineError) as caught:
         inspect(given, tiny_tokenizer, "dpo")
     assert caught.value.pointer == "/data/preferences"
+
+
+ROWS = [{"prompt": f"Light {number}? ", "completion": "Red."} for number in range(4)]
+WRONG = {"prompt": "Light? ", "completion": ""}
+LINES = ["", json.dumps(ROWS[0]), json.dumps(WRONG), "", json.dumps(ROWS[1])]
+CSV = 'prompt,completion\n"Light\n0? ",Red.\nLight 1? ,Red.\n'
+
+
+def parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([WRONG, *ROWS]), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "row", "line", "prompt"),
+    [
+        ("rows.jsonl", "\n".join(LINES), None, 2, "Light 0? "),
+        ("rows.jsonl", "\n".join(LINES), 5, 5, "Light 1? "),
+        ("rows.jsonl.gz", gzip.compress("\n".join(LINES).encode()), 5, 5, "Light 1? "),
+        ("rows.json", json.dumps([WRONG, *ROWS], indent=1), 3, 10, "Light 1? "),
+        ("rows.csv", CSV, 4, 4, "Light 1? "),
+        ("rows.parquet", parquet, 5, 5, "Light 3? "),
+    ],
+)
+def test_rows_are_numbered_as_in_the_file(
+    write_experiment: Any, tiny_tokenizer: Any, tmp_path: Path, name: str, write: Any, row: Any, line: int, prompt: str
+) -> None:
+    path = tmp_path / name
+    if callable(write):
+        write(path)
+    else:
+        path.write_bytes(write if isinstance(write, bytes) else write.encode())
+    given = experiment(write_experiment, data={"demonstrations": {"train": str(path)}})
+    (one,) = inspect(given, tiny_tokenizer, "sft", row)
+    assert "".join(one.tokens).startswith(prompt)
+    assert (one.row, one.line) == (row or 2, line)
+
+
+def test_a_wrong_row_is_said_to_be_wrong(write_experiment: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(LINES))
+    given = experiment(write_experiment, data={"demonstrations": {"train": str(tmp_path / "rows.jsonl")}})
+    for row, code in ((3, "empty-content"), (4, "no-such-row"), (1, "no-such-row")):
+        with pytest.raises(PipelineError) as caught:
+            inspect(given, tiny_tokenizer, "sft", row)
+        assert caught.value.code == code
+        assert caught.value.line == (3 if row == 3 else None)
+
+
+def test_the_first_of_several_shards_and_columns_of_other_names(
+    write_experiment: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "shards").mkdir()
+    for number in (1, 2):
+        row = {"q": f"Light {number}? ", "completion": "Red."}
+        (tmp_path / "shards" / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    for train, first in ((tmp_path / "shards", 1), (tmp_path / "shards" / "[2-9].jsonl", 2)):
+        split = {"train": str(train), "map": {"q": "prompt"}}
+        (one,) = inspect(experiment(write_experiment, data={"demonstrations": split}), tiny_tokenizer, "sft", 1)
+        assert "".join(one.tokens).startswith(f"Light {first}? ")
+        assert Path(one.file).name == f"{first}.jsonl"
+
+
+def test_a_data_set(write_experiment: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    given = experiment(write_experiment, data={"demonstrations": {"train": f"hf:{tmp_path / 'set'}:train"}})
+    (one,) = inspect(given, tiny_tokenizer, "sft", 2)
+    assert "".join(one.tokens).startswith("Light 1? ")

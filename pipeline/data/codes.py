@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-NO_FILE = ("no-such-file", "is-a-folder", "special-file", "unreadable-file", "unreadable-dataset", "unknown-column")
+NO_FILE = (
+    "no-such-file",
+    "is-a-folder",
+    "symbolic-link",
+    "special-file",
+    "unreadable-file",
+    "unreadable-dataset",
+    "unknown-column",
+)
 """The path is wrong, not the data."""
 
 MENDS: dict[str, str] = {
     # The file
     "no-such-file": "check the path: relative to the current folder, or to the experiment that names it",
     "is-a-folder": "name the file inside the folder",
+    "symbolic-link": "name the file that it leads to",
     "special-file": "write the data to an ordinary file first",
     "unreadable-file": "check the path and its permissions",
     "file-changed": "wait until whatever writes the file is done",
@@ -89,6 +98,7 @@ TOKEN_MENDS: dict[str, str] = {
     "completion-cut": "raise `max_length`, or shorten the row",
     "stop-cut": "raise `max_length`: without its stop token the row teaches the model not to stop",
     "no-stop-token": "let the template end each turn with the tokenizer's eos token",
+    "not-tokenised": "ask for it with `--tokens`, or download the model; the stages check the same before they load it",
     "foreign-control-token": "check that it is meant: another model's markup, which this one reads as ordinary text",
 }
 """The same for what the tokenizer does to rows (`tokenised`)."""

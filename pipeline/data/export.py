@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,9 +47,9 @@ def export(
     Raises:
         PipelineError: rows are wrong, all of them are, or `out` exists or cannot be written.
     """
-    if not force and (out.exists() or out.is_symlink()):
+    if not force and os.path.lexists(out):  # of a name that cannot be, it says no; `Path.exists` would raise
         raise PipelineError("the file exists", code="file-exists", mend="name another, or add --force", file=out)
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):  # noqa: PTH112 - likewise
         raise PipelineError("there is no such folder", code="no-such-folder", mend="make it first", file=out.parent)
     checked = load_rows(source, kind, set_aside=skip_invalid, columns=columns)
     if not checked.rows:

@@ -33,6 +33,12 @@ def is_hub(path: str | Path) -> bool:
     return str(path).startswith(PREFIX)
 
 
+def is_cached(link: Path) -> bool:
+    """Whether a symbolic link is a file of a snapshot in the hub's cache: a link to a blob."""
+    cached = (parent.parent for parent in link.absolute().parents if parent.name == "snapshots")
+    return any(link.resolve().is_relative_to((folder / "blobs").resolve()) for folder in cached)
+
+
 def address(path: str | Path) -> Address:
     """The parts of the name; a split may be cut as `datasets` does it, as in `train[:1000]`.
 

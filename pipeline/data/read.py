@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 from pipeline.data.archives import GZIP, ZSTD, ArchiveTooLargeError, BrokenArchiveError, Unpacked
 from pipeline.data.codes import MENDS, NO_FILE
-from pipeline.data.hub import DatasetError, dataset_rows, is_hub
-from pipeline.data.place import MAX_FINDINGS_PER_ROW, Finding, line_and_column
+from pipeline.data.hub import DatasetError, dataset_rows, is_cached, is_hub
+from pipeline.data.place import MAX_FINDINGS_PER_ROW, Finding, line_and_column, printable
 from pipeline.data.source_row import MAX_ROW_BYTES, SourceRow, too_long
 from pipeline.data.strict_json import JsonError, StrictJson, oddities, skip_space
 from pipeline.data.tables import TableError, arrow_rows, csv_rows
@@ -165,9 +165,10 @@ class Source:
         except DatasetError as error:
             raise self._error("unreadable-dataset", str(error)) from error
 
-    def _error(self, code: str, message: str, line: int | None = None) -> PipelineError:
+    def _error(self, code: str, message: str, line: int | None = None, mend: str | None = None) -> PipelineError:
         exit_code = ExitCode.USAGE if code in NO_FILE else ExitCode.WRONG
-        return PipelineError(message, code=code, mend=MENDS[code], file=self.path, line=line, exit_code=exit_code)
+        mend = mend or MENDS[code]
+        return PipelineError(message, code=code, mend=mend, file=self.path, line=line, exit_code=exit_code)
 
     def _check_path(self) -> None:
         try:
@@ -178,6 +179,9 @@ class Source:
             raise self._error("unreadable-file", f"cannot be read: {_reason(error)}") from None
         if stat.S_ISDIR(mode):
             raise self._error("is-a-folder", "a folder, not a file")
+        if self.path.is_symlink() and not is_cached(self.path):
+            mend = f"name the file itself: {printable(str(self.path.resolve()))}"
+            raise self._error("symbolic-link", "a symbolic link, which may lead elsewhere tomorrow", mend=mend)
         if not stat.S_ISREG(mode):
             raise self._error("special-file", "a pipe, socket or device, not an ordinary file")
 

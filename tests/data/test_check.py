@@ -516,6 +516,7 @@ def test_every_code_has_a_case():
     covered = {code for *_, expected in CASES for _, code in expected} | {code for _, (_, _, code) in FILES.values()}
     elsewhere = {"no-such-file", "is-a-folder", "special-file", "unreadable-file", "row-too-long", "file-changed"}
     elsewhere |= {"unreadable-dataset", "archive-too-large", "unknown-column"}  # test_files.py has them
+    elsewhere |= {"symbolic-link"}  # test_read.py has it
     elsewhere |= {"nothing-to-train", "invalid-transcript", "prompts-differ", "no-answer"}  # and test_formats.py these
     assert covered | elsewhere | WARNINGS == set(MENDS)
 

@@ -74,7 +74,31 @@ def test_a_link_that_leads_to_itself(tmp_path):
     assert caught.value.code == "unreadable-file"
 
 
-def test_a_link_to_a_file_is_the_file(tmp_path):
+def test_a_link_to_a_file_is_refused_and_the_file_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
-    assert len(list(Source(tmp_path / "link.jsonl").rows())) == 1
+    with pytest.raises(PipelineError) as caught:
+        list(Source(tmp_path / "link.jsonl").rows())
+    assert caught.value.code == "symbolic-link"
+    assert caught.value.mend.endswith(f": {tmp_path.resolve() / 'rows.jsonl'}")
+
+
+def test_a_file_behind_a_linked_folder_is_read(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "data").symlink_to("real")
+    assert len(list(Source(tmp_path / "data" / "rows.jsonl").rows())) == 1
+
+
+def test_snapshots_of_the_hubs_cache_are_links_and_are_read(tmp_path):
+    blobs, snapshot = tmp_path / "datasets--x--y" / "blobs", tmp_path / "datasets--x--y" / "snapshots" / "1" / "data"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "0a").write_text("{}\n")
+    (tmp_path / "elsewhere").write_text("{}\n")
+    (snapshot / "rows.jsonl").symlink_to("../../../blobs/0a")
+    (snapshot / "other.jsonl").symlink_to(tmp_path / "elsewhere")
+    assert len(list(Source(snapshot / "rows.jsonl").rows())) == 1
+    with pytest.raises(PipelineError) as caught:
+        list(Source(snapshot / "other.jsonl").rows())
+    assert caught.value.code == "symbolic-link"
