@@ -78,19 +78,25 @@ def _plain(schema: Any) -> Any:
             plain[key] = {name: _plain(one) for name, one in part.items()}
         elif key == "pattern":
             plain[key] = _spelled_out(part)
-        elif key in _PLAIN or (key == "$ref" and part.startswith("#/$defs/")) or _texts(key, part):
+        elif key in _PLAIN or (key == "$ref" and part.startswith("#/$defs/")) or _known_values(key, part):
             plain[key] = part
         else:
             raise _UnclearError(key)
     return plain
 
 
-def _texts(key: str, part: Any) -> bool:
-    """Whether this is `const` or `enum` with texts and nulls: equality of numbers, and integers, are a wide field."""
+def _known_values(key: str, part: Any) -> bool:
+    """Whether this is `const` or `enum` of texts, nulls and small integers, or a `type` but `integer`.
+
+    Equality of other numbers, and what an integer is, are a wide field; that a small one equals the same number written
+    as a float, and neither true nor false, is the same to both (the tests try every odd number).
+    """
     if key == "type":
         return "integer" not in part
-    values = part if key == "enum" else [part] if key == "const" else [0]
-    return all(value is None or isinstance(value, str) for value in values)
+    values = part if key == "enum" else [part] if key == "const" else [0.5]
+    return all(
+        value is None or isinstance(value, str) or (type(value) is int and abs(value) < 2**31) for value in values
+    )
 
 
 @cache

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from pipeline.data.accept import fast_accept
+from pipeline.data.convert import _CONVERTERS
 from pipeline.data.schema import _fast, _validator
 from pipeline.data.strict_json import JsonError, StrictJson
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": {"zone": "UTC"}}}]}
+SAID = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]}
 FORMATS = {
     ("demonstration", "messages"): {"messages": [PARTS, CALL, {"role": "tool", "content": ""}, ANSWER], "tools": [{}]},
@@ -24,6 +26,45 @@ FORMATS = {
     ("demonstration", "standard-prompt-completion"): {"prompt": "a", "completion": "b", "tools": "[]"},
     ("preference", "conversational-preference"): {"prompt": [USER], "chosen": [ANSWER], "rejected": [CALL]},
     ("preference", "standard-preference"): {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1},
+    ("preference", "conversational-implicit-prompt"): {
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, CALL],
+        "tools": "[]",
+    },
+    ("preference", "standard-implicit-prompt"): {"chosen": "a b", "rejected": "a c"},
+    ("preference", "ultrafeedback-binarized"): {"prompt": "a", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+    ("preference", "hh-transcripts"): {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"},
+    ("preference", "question-preference"): {"system": "", "question": "a", "chosen": "b", "rejected": "c"},
+    ("preference", "input-preference"): {"system": None, "input": "a", "chosen": "b", "rejected": "c"},
+    ("preference", "response-preference"): {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
+    ("demonstration", "openai-chat"): {
+        "messages": [USER, {**ANSWER, "weight": 0}, USER, {**SAID, "weight": 1}],
+        "tools": [{}],
+    },
+    ("preference", "openai-preference"): {
+        "input": {"messages": [USER], "tools": [{}]},
+        "preferred_output": [SAID],
+        "non_preferred_output": [ANSWER],
+    },
+    ("demonstration", "alpaca"): {
+        "instruction": "a",
+        "input": "",
+        "output": "b",
+        "system": "c",
+        "history": [["d", "e"]],
+    },
+    ("preference", "alpaca-preference"): {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+    ("preference", "alpaca-ranked"): {"instruction": "a", "input": "b", "output": ["c", "d"]},
+    ("demonstration", "sharegpt"): {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"}],
+        "system": "b",
+        "tools": "[]",
+    },
+    ("preference", "sharegpt-preference"): {
+        "conversations": [{"from": "human", "value": "a"}],
+        "chosen": {"from": "gpt", "value": "b"},
+        "rejected": {"from": "gpt", "value": "c"},
+    },
 }
 # Where engines and readers are known to differ from each other.
 NASTY_TEXTS = [
@@ -42,7 +83,27 @@ NASTY_TEXTS = [
     "a\udc00",
 ]
 NASTY_TEXTS += ["\U0001f44d", "\n\n", "\u2060\u200d", "text", "user", "assistant", "tool", "function", "null", "\u3000"]
-NASTY = [None, True, False, 0, 1, -0.0, 1.0, 1e308, math.nan, math.inf, -math.inf, 2**63, 2**64, -(2**63) - 1, 10**400]
+NASTY = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -0.0,
+    1.0,
+    1e308,
+    1 + 2**-52,
+    5e-324,
+    -1,
+    2,
+    math.nan,
+    math.inf,
+    -math.inf,
+    2**63,
+    2**64,
+    -(2**63) - 1,
+    10**400,
+]
 NASTY += [*NASTY_TEXTS, [], {}, [[]], {"": 0}, {"role": None}, [None], {"\ud800": 1}]
 DEEP: object = "x"
 for _ in range(300):
@@ -106,8 +167,13 @@ def test_every_key_left_out_or_doubled(kind, format):
                 assert fast == slow
 
 
+def test_every_format_is_here():
+    assert {format for _, format in FORMATS} == set(_CONVERTERS)
+
+
 WORDS = ["messages", "prompt", "completion", "chosen", "rejected", "tools", "role", "content", "tool_calls"]
-WORDS += ["function", "name", "arguments", "type", "text", "user", "assistant", "system", "tool"]
+WORDS += ["function", "name", "arguments", "type", "text", "user", "assistant", "system", "tool", "weight"]
+WORDS += ["instruction", "input", "output", "history", "conversations", "from", "value", "human", "gpt", "question"]
 VALUES = st.recursive(
     st.sampled_from(NASTY) | st.sampled_from(WORDS) | st.text(max_size=3) | st.integers() | st.floats(),
     lambda inner: (
@@ -159,8 +225,11 @@ def test_mutated_bytes(data):
     [
         {"type": "integer"},
         {"type": ["null", "integer"]},
-        {"const": 1},
+        {"const": 1.5},
+        {"const": True},
+        {"const": 2**53},
         {"enum": ["a", 1.0]},
+        {"enum": [1, True]},
         {"pattern": "^a+$"},
         {"pattern": "[^a-z]+"},
         {"format": "uri"},
@@ -172,6 +241,16 @@ def test_mutated_bytes(data):
 def test_what_leaves_room_for_another_opinion_is_never_accepted(schema):
     accepts = fast_accept({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
     assert not any(accepts(value) for value in (1, 1.0, "aa", "a", "B", None, {"a": 1}))
+
+
+NUMBERS = [value for value in NASTY if isinstance(value, int | float)] + ["0", "1", [0], {"0": 1}, 1 - 2**-53, 10**400]
+
+
+@pytest.mark.parametrize("schema", [{"enum": [0, 1, None]}, {"const": 0}, {"not": {"enum": [1]}}, {"const": -7}])
+def test_small_integers_are_equal_to_the_same_numbers_for_both(schema):
+    accepts = fast_accept({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
+    for value in NUMBERS:
+        assert accepts(value) == Draft202012Validator(schema).is_valid(value), value
 
 
 CLASS = {"type": "string", "pattern": "[^\\s\\u200b-\\u200d\\u2060\\ufeff]"}
