@@ -39,7 +39,14 @@ def test_the_hook_runs_on_sample_files(hook: Any, tmp_path: Path, capsys: pytest
 def test_the_hook_is_what_pre_commit_reads(hook: Any) -> None:
     assert {"id", "name", "entry", "language"} <= hook.keys()
     assert hook["language"] == "python"
-    assert (ROOT / "docs" / "validate-in-ci.md").read_text(encoding="utf-8").count(f"id: {hook['id']}") == 1
+    page = (ROOT / "docs" / "validate-in-ci.md").read_text(encoding="utf-8")
+    cloned, local = (
+        yaml.safe_load(block)["repos"][0] for block in re.findall(r"```yaml\n(repos:.*?)```", page, re.DOTALL)
+    )
+    assert cloned["hooks"][0].keys() == {"id", "files", "args"}
+    assert cloned["hooks"][0]["id"] == local["hooks"][0]["id"] == hook["id"]
+    assert local["hooks"][0]["entry"].startswith(hook["entry"])
+    assert f"try-repo PATH-OF-THE-CLONE {hook['id']} " in page
 
 
 @pytest.mark.parametrize(("text", "code"), [(GOOD, 0), (GOOD + BAD, 1)])
