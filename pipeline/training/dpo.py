@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from trl import DPOTrainer
 
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
@@ -26,7 +25,7 @@ from pipeline.model.scope import trainable_of
 from pipeline.runs.run import Run, find_run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
-from pipeline.training.engine.micro_batches import MicroBatches
+from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
@@ -51,24 +50,8 @@ from pipeline.training.stage import (
     say_dry_run,
     say_trainable,
     split_files,
-    split_learning_rates,
     train,
 )
-
-
-class _Trainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on pairs that come tokenised, with a learning rate of their own for opened weights."""
-
-    opened_learning_rate: float
-    mean_over_rows = True
-
-    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        # `data.tokens` made the same columns from the proven rows, and counted what was cut or left out.
-        return dataset
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        optimizer = super().create_optimizer(model)
-        return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
 
 
 @dataclass(frozen=True)
@@ -181,7 +164,7 @@ def run_dpo(
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())
-        trainer = _Trainer(
+        trainer = PreferenceTrainer(
             model=policy,
             args=dpo_config(
                 stage,
@@ -250,7 +233,7 @@ def _pair_length(row: dict[str, Any]) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
-def _is_plain_sigmoid(trainer: DPOTrainer) -> bool:
+def _is_plain_sigmoid(trainer: PreferenceTrainer) -> bool:
     """Whether the loss at margin 0 is ln 2: nothing is added to the sigmoid loss, and nothing weighs it."""
     plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
     return plain and not trainer.aux_loss_enabled and not trainer.use_weighting

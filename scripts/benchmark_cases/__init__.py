@@ -1,0 +1,1 @@
+"""One file for each case of `scripts/benchmark.py`; `frame.py` says what a case is."""

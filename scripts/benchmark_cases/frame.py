@@ -1,0 +1,136 @@
+"""What a case of the benchmark is, and how its sides are run and compared.
+
+A case is a module with
+
+    prepare(folder, data, rows) -> Work    in the parent: rows and settings, written to `folder` for the sides to read
+    train(folder, side, precision) -> dict in a process of its own: `{"seconds": {…}, "steps": [{metric: value}]}`
+
+A side is one of SIDES. Each runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SIDES = {
+    "trl": "TRL as it comes, with gradient checkpointing",
+    "trl-tuned": "TRL tuned: no checkpointing, reference precomputed",
+    "ours": "this project",
+}
+METRICS = ("loss", "margin")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every side of a case does."""
+
+    rows: int
+    tokens: int
+    """All tokens of all epochs, as TRL lays them out without padding: a prompt counts for each completion."""
+    flops: float
+    """Floating-point operations that cannot be left out; a prompt counts once."""
+    says: str
+    """One line about the rows."""
+
+
+def run_side(case: str, folder: Path, side: str, precision: str) -> dict[str, Any]:
+    """One side in a process of its own.
+
+    Returns:
+        What `train` of the case returned, and `peak_memory` in bytes.
+    """
+    result = folder / f"{side}.json"
+    script = Path(__file__).parent.parent / "benchmark.py"
+    command = [sys.executable, str(script), case, "--folder", str(folder), "--side", side, "--precision", precision]
+    subprocess.run([*command, "--result", str(result)], check=True, stdout=sys.stderr)
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def average(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean seconds and the largest memory of a side's runs; the steps of the first."""
+    phases = runs[0]["seconds"]
+    return {
+        **runs[0],
+        "seconds": {phase: sum(run["seconds"][phase] for run in runs) / len(runs) for phase in phases},
+        "peak_memory": max(run["peak_memory"] for run in runs),
+    }
+
+
+def matmul_peak() -> float:
+    """Operations a second of a float32 product of two 1536 x 1536 matrices, the best of many."""
+    import torch
+
+    left, right = torch.randn(2, 1536, 1536)
+    best, end = float("inf"), time.perf_counter() + 2
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - began)
+    return float(2 * 1536**3 / best)
+
+
+def compare(work: Work, sides: dict[str, dict[str, Any]], peak: float) -> dict[str, Any]:
+    """The figures of one call; ratios above 1 are in this project's favour."""
+    totals = {name: sum(side["seconds"].values()) for name, side in sides.items()}
+    ours = totals["ours"]
+    baselines = [side["steps"] for name, side in sides.items() if name != "ours"]
+
+    def largest(metric: str) -> float | None:
+        if metric not in sides["ours"]["steps"][0]:
+            return None
+        apart = [
+            abs(mine[metric] - theirs[metric])
+            for steps in baselines
+            for mine, theirs in zip(sides["ours"]["steps"], steps, strict=True)
+        ]
+        return float(max(apart))
+
+    return {
+        "ratio_default": totals["trl"] / ours,
+        "ratio_tuned": totals["trl-tuned"] / ours,
+        "max_loss_difference": largest("loss"),
+        "max_margin_difference": largest("margin"),
+        "roofline_fraction": work.flops / ours / peak,
+        "peak_memory_ratio": sides["ours"]["peak_memory"]
+        / min(side["peak_memory"] for name, side in sides.items() if name != "ours"),
+        "matmul_peak": peak,
+        "flops": work.flops,
+        "rows": work.rows,
+        "tokens": work.tokens,
+        "sides": {
+            name: {**side, "total_seconds": totals[name], "tokens_per_second": work.tokens / totals[name]}
+            for name, side in sides.items()
+        },
+    }
+
+
+def describe(work: Work, figures: dict[str, Any]) -> str:
+    """The same for a person."""
+    lines = [work.says, ""]
+    phases = list(figures["sides"]["ours"]["seconds"])
+    heads = [*(f"{phase}, s" for phase in phases), "total, s", "tokens/s", "peak MiB"]
+    lines.append(f"{'':<50}" + "".join(f"{head:>15}" for head in heads))
+    for name, side in figures["sides"].items():
+        seconds = [f"{side['seconds'].get(phase, 0):.1f}" for phase in phases]
+        cells = [*seconds, f"{side['total_seconds']:.1f}", f"{side['tokens_per_second']:,.0f}"]
+        cells.append(f"{side['peak_memory'] / 2**20:,.0f}")
+        lines.append(f"{SIDES[name]:<50}" + "".join(f"{cell:>15}" for cell in cells))
+    shown = [metric for metric in METRICS if metric in figures["sides"]["ours"]["steps"][0]]
+    lines += ["", f"{'step':<6}" + "".join(f"{f'{metric}, {name}':>20}" for metric in shown for name in SIDES)]
+    for at in range(len(figures["sides"]["ours"]["steps"])):
+        values = [figures["sides"][name]["steps"][at][metric] for metric in shown for name in SIDES]
+        lines.append(f"{at + 1:<6}" + "".join(f"{value:>20.6f}" for value in values))
+    lines.append("")
+    for key in ("ratio_default", "ratio_tuned", "max_loss_difference", "max_margin_difference", "roofline_fraction"):
+        if figures[key] is not None:
+            lines.append(f"{key:<24}{figures[key]:.6g}")
+    lines.append(f"{'peak_memory_ratio':<24}{figures['peak_memory_ratio']:.4g}")
+    lines.append(f"(matrix product: {figures['matmul_peak'] / 1e9:.0f} GFLOP/s in float32)")
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""What the cases `dpo` and `partial` share: rows, settings, the sides."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmark_cases.frame import Work
+
+SEED = 7
+BATCH = 4
+MAX_LENGTH = 1024
+SHIPPED = Path(__file__).parent.parent.parent / "datasets" / "triage" / "preferences.train.jsonl"
+
+
+def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[str, list[int]]], str]:
+    """Tokenises the first `rows` pairs whose prompt is about as long as a completion, or longer.
+
+    Returns:
+        The pairs, and a line about them.
+    """
+    from transformers import AutoTokenizer
+
+    from pipeline.data.check import load_rows
+    from pipeline.data.tokens import tokenize_pair
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    pairs: list[dict[str, list[int]]] = []
+    passed_over = 0
+    for row in load_rows(data or SHIPPED, "preference").rows:
+        if len(pairs) == rows:
+            break
+        pair = tokenize_pair(tokenizer, row, MAX_LENGTH)
+        if len(pair.prompt_ids) >= 0.8 * (len(pair.chosen_ids) + len(pair.rejected_ids)) / 2:
+            pairs.append(pair._asdict())
+        else:
+            passed_over += 1
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    counts = [sum(len(pair[name]) for pair in pairs) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    says = (
+        f"{len(pairs)} pairs of {(data or SHIPPED).name}: {counts[0]:,} prompt, {counts[1]:,} chosen and "
+        f"{counts[2]:,} rejected tokens; {passed_over} pairs with shorter prompts passed over"
+    )
+    return pairs, says
+
+
+def base_folder() -> Path:
+    """The built-in model."""
+    from pipeline.model.builtin import builtin_model
+
+    return builtin_model("builtin:smollm2-135m")
+
+
+def load_model() -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32)
+
+
+def count_tokens(pairs: list[dict[str, list[int]]]) -> tuple[int, int, int]:
+    """Tokens as TRL lays them out, tokens with the prompt once, and completion tokens."""
+    prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
+    completions = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    return 2 * prompts + completions, prompts + completions, completions
+
+
+def weights_of_blocks() -> tuple[int, int, int]:
+    """Blocks, weights of one, and weights of the head."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base_folder())
+    width = config.hidden_size
+    keys = config.num_key_value_heads * width // config.num_attention_heads
+    block = 2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size
+    return config.num_hidden_layers, block, width * config.vocab_size
+
+
+def train_side(
+    folder: Path, side: str, stage: Any, stock: Callable[[], Any], own: Callable[..., Any]
+) -> dict[str, Any]:
+    """Trains one side and records every step.
+
+    Args:
+        folder: where `write_rows` wrote.
+        side: one of the frame's.
+        stage: the DPO settings.
+        stock: builds the policy for TRL.
+        own: builds this project's trainer from configuration and rows, and scores the reference.
+    """
+    import warnings
+
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOTrainer
+
+    from pipeline.model.device import place
+    from pipeline.model.ground import quiet_libraries
+    from pipeline.training.arguments import dpo_config
+
+    quiet_libraries()
+    warnings.simplefilter("ignore")
+    steps: list[dict[str, float]] = []
+
+    class Record(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                steps.append({"loss": logs["loss"], "margin": logs["rewards/margins"]})
+
+    class Stock(DPOTrainer):  # type: ignore[misc]
+        """TRL's, on rows that are tokens already."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset
+
+    rows = Dataset.from_list(json.loads((folder / "pairs.json").read_text()))
+    config = dpo_config(stage, output=folder / side, seed=SEED, placement=place("cpu", "float32"), evaluates=False)
+    config.gradient_checkpointing = side == "trl"
+    config.precompute_ref_log_probs = side == "trl-tuned"
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    if side == "ours":
+        trainer, began = own(config, rows, tokenizer)
+    else:
+        policy = stock()
+        began = time.perf_counter()
+        trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer.add_callback(Record())
+    middle = time.perf_counter()
+    trainer.train()
+    end = time.perf_counter()
+    return {"seconds": {"reference": middle - began, "training": end - middle}, "steps": steps}
+
+
+def work_of(pairs: list[dict[str, list[int]]], says: str, epochs: int, flops: float) -> Work:
+    return Work(len(pairs), epochs * count_tokens(pairs)[0], flops, says)
