@@ -278,6 +278,14 @@ class Dpo(_Stage):
         return self
 
 
+class Engine(_Section):
+    """How training is computed. The curve stays TRL's: exactly, or within 5e-3 of the loss where `fast` rounds."""
+
+    precision: Literal["exact", "fast"] = "exact"
+    """How float32 matrices are multiplied. `exact`: with float32's own error. `fast`: in bfloat16 (on a CPU that has
+    AMX) or TF32 (on CUDA). Half-precision weights (`model.dtype`) are multiplied as they are."""
+
+
 class Check(_Section):
     """A regular expression (Python's `re`, searched) that an answer must or must not match."""
 
@@ -339,6 +347,7 @@ class Experiment(_Section):
     scope: Scope = Scope()
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
+    engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 

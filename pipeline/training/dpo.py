@@ -25,6 +25,7 @@ from pipeline.model.scope import trainable_of
 from pipeline.runs.run import Run, find_run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.proof import (
     PROOF_PAIRS,
@@ -159,7 +160,9 @@ def run_dpo(
     with (
         begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
         compact_head(),
+        multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
+        console.print(products, highlight=False)
         write_set_aside(run.path, set_aside)
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
@@ -184,6 +187,12 @@ def run_dpo(
             trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])
             for at in range(0, len(proof_pairs), size)
         ]
+        refusal = trainer.share_prompts(batches[0])
+        if refusal is None:
+            console.print("each prompt is computed once for both completions")
+        else:
+            console.print(f"prompts are computed twice, as TRL does: {refusal}")
+        run.update(engine={"products": products, "shared_prompt": refusal is None, "refusal": refusal})
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
         console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,4 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
     def stock() -> Any:
         return PeftModel.from_pretrained(preferences.load_model(), folder / "start", is_trainable=True)
 
-    def own(config: Any, rows: Any, tokenizer: Any) -> tuple[Any, float]:
-        from pipeline.training.engine.trainer import PreferenceTrainer
-
-        policy = stock()
-        began = time.perf_counter()
-        trainer = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
-        trainer.opened_learning_rate = stage.learning_rate
-        return trainer, began
-
-    return preferences.train_side(folder, side, stage, stock, own)
+    return preferences.train_side(folder, side, precision, stage, stage.learning_rate, stock, stock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,11 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
             part.requires_grad_(True)
         return model
 
-    def own(config: Any, rows: Any, tokenizer: Any) -> tuple[Any, float]:
-        from pipeline.training.engine.trainer import PreferenceTrainer
-
+    def own() -> Any:
         policy = open_policy(preferences.load_model(), folder / "start", unfreeze)
         for name, parameter in policy.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(False)
-        began = time.perf_counter()
-        trainer = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
-        trainer.opened_learning_rate = unfreeze.learning_rate
-        return trainer, began
+        return policy
 
-    return preferences.train_side(folder, side, stage, stock, own)
+    return preferences.train_side(folder, side, precision, stage, unfreeze.learning_rate, stock, own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
         if len(pairs) == rows:
             break
         pair = tokenize_pair(tokenizer, row, MAX_LENGTH)
-        if len(pair.prompt_ids) >= 0.8 * (len(pair.chosen_ids) + len(pair.rejected_ids)) / 2:
+        lengths = [len(ids) for ids in pair]
+        if lengths[0] >= 0.8 * (lengths[1] + lengths[2]) / 2 and lengths[1] and lengths[2]:
             pairs.append(pair._asdict())
         else:
             passed_over += 1
@@ -42,7 +44,8 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
     counts = [sum(len(pair[name]) for pair in pairs) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     says = (
         f"{len(pairs)} pairs of {(data or SHIPPED).name}: {counts[0]:,} prompt, {counts[1]:,} chosen and "
-        f"{counts[2]:,} rejected tokens; {passed_over} pairs with shorter prompts passed over"
+        f"{counts[2]:,} rejected tokens; {passed_over} pairs "
+        "with shorter prompts, or no completion left within the length, passed over"
     )
     return pairs, says
 
@@ -80,16 +83,24 @@ def weights_of_blocks() -> tuple[int, int, int]:
 
 
 def train_side(
-    folder: Path, side: str, stage: Any, stock: Callable[[], Any], own: Callable[..., Any]
+    folder: Path,
+    side: str,
+    precision: Any,
+    stage: Any,
+    opened_rate: float,
+    stock: Callable[[], Any],
+    own: Callable[[], Any],
 ) -> dict[str, Any]:
     """Trains one side and records every step.
 
     Args:
         folder: where `write_rows` wrote.
         side: one of the frame's.
+        precision: ours, of float32 products.
         stage: the DPO settings.
-        stock: builds the policy for TRL.
-        own: builds this project's trainer from configuration and rows, and scores the reference.
+        opened_rate: learning rate of opened weights.
+        stock: builds TRL's policy.
+        own: builds ours.
     """
     import warnings
 
@@ -100,6 +111,9 @@ def train_side(
     from pipeline.model.device import place
     from pipeline.model.ground import quiet_libraries
     from pipeline.training.arguments import dpo_config
+    from pipeline.training.engine.head import compact_head
+    from pipeline.training.engine.precision import multiplication
+    from pipeline.training.engine.trainer import PreferenceTrainer
 
     quiet_libraries()
     warnings.simplefilter("ignore")
@@ -121,16 +135,22 @@ def train_side(
     config.gradient_checkpointing = side == "trl"
     config.precompute_ref_log_probs = side == "trl-tuned"
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
-    if side == "ours":
-        trainer, began = own(config, rows, tokenizer)
-    else:
-        policy = stock()
-        began = time.perf_counter()
-        trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
-    trainer.add_callback(Record())
-    middle = time.perf_counter()
-    trainer.train()
-    end = time.perf_counter()
+    policy = own() if side == "ours" else stock()
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        if side == "ours":
+            stack.enter_context(compact_head())
+            stack.enter_context(multiplication(precision, policy.device))
+            trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
+            trainer.opened_learning_rate = opened_rate
+            refusal = trainer.share_prompts(trainer.data_collator([rows[at] for at in range(BATCH)]))
+            assert refusal is None, refusal
+        else:
+            trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
+        trainer.add_callback(Record())
+        middle = time.perf_counter()
+        trainer.train()
+        end = time.perf_counter()
     return {"seconds": {"reference": middle - began, "training": end - middle}, "steps": steps}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from trl import DPOTrainer
 
 from pipeline.training.engine.micro_batches import MicroBatches
+from pipeline.training.engine.shared_prompt import SharedPrompt
 from pipeline.training.stage import split_learning_rates
 
 
@@ -24,3 +25,21 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
         """TRL's optimizer; opened weights get groups of their own."""
         optimizer = super().create_optimizer(model)
         return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
+
+    def share_prompts(self, batch: dict[str, Any]) -> str | None:
+        """Encodes prompts once for both completions, if that computes the same as TRL's own forward.
+
+        Args:
+            batch: what the collator made, to compare the two on.
+
+        Returns:
+            Why TRL's own forward is kept; None where prompts are shared.
+        """
+        shared = SharedPrompt(self.model)
+        refusal = shared.refusal()
+        if refusal is None:
+            shared.install()
+            refusal = shared.check(self.model, self._prepare_inputs(dict(batch)))
+            if refusal is not None:
+                shared.uninstall()
+        return refusal

@@ -1,0 +1,69 @@
+"""Attention over a joint row, part by part: each pair's shared tokens, then each branch over them and itself.
+
+Every part goes through Transformers' own SDPA function. Nothing is computed for pairs of tokens in different rows or
+branches, where one call with a mask over the whole row would compute all of them. Sliding windows count positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pipeline.training.engine.joint import Joint
+
+NAME = "shared_prompt"
+
+
+def joint_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    joint: Joint | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' SDPA where there is no joint row, and the same part by part where there is one.
+
+    Args:
+        module: the attention layer.
+        query: `[1, heads, T, width]`.
+        key: the same, of as many heads as the layer keeps keys for.
+        value: as `key`.
+        attention_mask: what the model made of the one it got; a joint row brings its own.
+        joint: the row's layout.
+        kwargs: `dropout`, `scaling`, `sliding_window` and whatever else SDPA's function takes.
+
+    Returns:
+        `[1, T, heads, width]`, and None for the weights.
+    """
+    if joint is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    joint.layers += 1
+    window = kwargs.get("sliding_window")
+    flat = [size for sizes in joint.sizes for size in sizes]
+    # Split and put together whole: slices would each give a gradient of the row's full size.
+    queries, keys, values = (torch.split(tensor, flat, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for pair, (shared, *branches) in enumerate(joint.sizes):
+        first = 3 * pair
+        if shared:
+            mask = joint.mask(0, shared, window, query)
+            outputs.append(
+                sdpa_attention_forward(module, queries[first], keys[first], values[first], mask, **kwargs)[0]
+            )
+        for at, length in enumerate(branches, start=first + 1):
+            if length:
+                seen = torch.cat((keys[first], keys[at]), dim=2), torch.cat((values[first], values[at]), dim=2)
+                mask = joint.mask(shared, length, window, query)
+                outputs.append(sdpa_attention_forward(module, queries[at], *seen, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(NAME, joint_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

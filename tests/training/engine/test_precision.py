@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.training.engine import precision
+from pipeline.training.engine.precision import multiplication, product_error
+
+CPU = torch.device("cpu")
+
+
+def test_exact_keeps_the_error_of_float32_whatever_the_processor() -> None:
+    with multiplication("exact", CPU) as words:
+        assert product_error() < 2e-6
+    assert "in float32" in words
+
+
+def test_the_setting_is_put_back() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), multiplication("fast", CPU):
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_processor_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with AMX: the product has bfloat16's error once oneDNN is allowed it."""
+    monkeypatch.setattr(precision, "product_error", lambda: 2e-3)
+    with multiplication("exact", CPU) as words:
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert "in float32" in words
+    with multiplication("fast", CPU) as words:
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert "in bfloat16" in words
+
+
+def test_the_error_is_that_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of values rounded to bfloat16 first has a relative error of about 2 ** -9."""
+    multiply = torch.Tensor.__matmul__
+
+    def rounding(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == torch.float32:
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    assert 5e-4 < product_error() < 5e-3
