@@ -50,7 +50,6 @@ OTHER_NAMES = {
     "model_id": "model.id",
     "model_name": "model.id",
     "model_name_or_path": "model.id",
-    "precision": "model.dtype",
     "torch_dtype": "model.dtype",
     "load_in_4bit": "model.quantize",
     "quantization": "model.quantize",
