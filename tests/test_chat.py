@@ -16,7 +16,7 @@ from pipeline.chat import chat
 from pipeline.errors import PipelineError
 from pipeline.evaluation.generation import generate
 from pipeline.runs.run import Run
-from tests.report.conftest import definition, write_run
+from tests.records import definition, write_run
 
 
 @pytest.fixture

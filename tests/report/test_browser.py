@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright import sync_api as playwright
 
 from pipeline.report.page import write_report
-from tests.report.conftest import comparison, write_runs
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from tests.records import comparison, write_runs
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in _NAMES if (path := shutil.which(name))), None)

@@ -16,7 +16,7 @@ from pipeline.evaluation.generation import generate
 from pipeline.experiment import Experiment
 from pipeline.report.loading import loading_code
 from pipeline.runs.run import Run
-from tests.report.conftest import definition, write_run
+from tests.records import definition, write_run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.report.page import render, write_report
 from pipeline.runs.run import Run, read_run
-from tests.report.conftest import HOSTILE, definition, write_run
+from tests.records import HOSTILE, definition, write_run
 
 BLOCKS = {"p", "li", "dt", "dd", "td", "th", "h2", "h3", "h4", "caption", "figcaption", "summary", "option"}
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -13,7 +13,7 @@ from pipeline.report.answers import marked, prompts_of
 from pipeline.report.curves import charts_of
 from pipeline.report.margins import histograms, most_wrong
 from pipeline.runs.run import read_run
-from tests.report.conftest import write_run
+from tests.records import write_run
 
 
 def pairs(**margins: list[float | None]) -> list[dict[str, Any]]:

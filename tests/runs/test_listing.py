@@ -11,7 +11,7 @@ import pytest
 from pipeline.runs.differences import disagreements, flat, run_differences
 from pipeline.runs.listing import listed, print_differences, print_runs
 from pipeline.runs.run import read_run
-from tests.report.conftest import comparison, definition, estimate, write_run, write_runs
+from tests.records import comparison, definition, estimate, write_run, write_runs
 
 
 @pytest.fixture
