@@ -1,4 +1,4 @@
-"""`pipeline align`: SFT, DPO on its adapter, and the comparison of base, SFT and DPO, in one go."""
+"""`pipeline align`: SFT, DPO on its adapter, the comparison of base, SFT and DPO, and the report, in one go."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.runs import compare_runs
 from pipeline.experiment import Experiment
 from pipeline.model.device import give_memory_back
+from pipeline.report.page import write_report
 from pipeline.runs.run import read_run
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
@@ -17,8 +18,8 @@ from pipeline.training.stage import Outcome
 from pipeline.validation import require_experiment_data
 
 
-def align(experiment: Experiment, root: Path, console: Console) -> tuple[list[Outcome], Comparison]:
-    """Both phases and their comparison; every data file is proven before the first phase begins.
+def align(experiment: Experiment, root: Path, console: Console) -> tuple[list[Outcome], Comparison, Path]:
+    """Both phases, their comparison and the report; every data file is proven before the first phase begins.
 
     Args:
         experiment: with absolute paths.
@@ -26,7 +27,7 @@ def align(experiment: Experiment, root: Path, console: Console) -> tuple[list[Ou
         console: where the user is told what goes on.
 
     Returns:
-        The outcomes of SFT and DPO, and the comparison, which is also written into the DPO run.
+        The outcomes of SFT and DPO, the comparison, which is also written into the DPO run, and the report's file.
 
     Raises:
         PipelineError: as the stages do; what was finished before stays.
@@ -40,4 +41,5 @@ def align(experiment: Experiment, root: Path, console: Console) -> tuple[list[Ou
     give_memory_back()
     console.rule("compare")
     runs = [read_run(outcome.run) for outcome in (sft, dpo) if outcome.run is not None]
-    return [sft, dpo], compare_runs(runs, experiment, root, console)
+    comparison = compare_runs(runs, experiment, root, console)
+    return [sft, dpo], comparison, write_report(runs[-1:], root)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from pipeline.experiment import Experiment
     from pipeline.experiment_file import LoadedExperiment
-    from pipeline.runs.run import Run
 
 Answer = tuple[dict[str, Any], ExitCode]
 """What a command returns: its JSON, and its exit code."""
@@ -171,9 +170,29 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--base", action=argparse.BooleanOptionalAction, default=True, help="ask the base as well (default)"
     )
+    report = add("report", _report, "one HTML page about runs, that asks nothing of the network", where)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="the page goes into the last one's folder")
+    report.add_argument("--out", type=Path, metavar="FILE", help="another place for the page")
     verify = add("verify", _verify, "repeat a run's proof from its folders, and say what has changed since", where)
     verify.add_argument("run", metavar="RUN")
-    add("runs", _runs, "list the runs", where)
+    runs = add("runs", _runs, "list the runs, or what differs between some of them", where)
+    runs.add_argument("--experiment", metavar="NAME", help="only its runs")
+    runs.add_argument("--stage", choices=("sft", "dpo"))
+    runs.add_argument("--status", choices=("running", "finished", "failed", "interrupted"))
+    sorts = ("name", "start", "loss", "accuracy", "margin", "checks")
+    runs.add_argument("--sort", choices=sorts, default="name", help="best first; default: name")
+    runs.add_argument("--reverse", action="store_true")
+    diff = runs.add_subparsers(title="instead", metavar="diff").add_parser(
+        "diff", help="what differs in experiment, data, versions and results"
+    )
+    diff.set_defaults(command=_runs_diff)
+    diff.add_argument("runs", nargs="+", metavar="RUN")
+    diff.add_argument("--format", choices=("text", "json"), default=argparse.SUPPRESS)
+    diff.add_argument("--checkpoints", type=Path, default=argparse.SUPPRESS, metavar="DIR")
+    diff.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    chat = add("chat", _chat, "talk to the base and a run side by side; a line of input is a turn", where)
+    chat.add_argument("run", metavar="RUN")
+    chat.add_argument("--system", metavar="TEXT", help="a system turn to begin with")
     return parser
 
 
@@ -291,12 +310,14 @@ def _align(arguments: argparse.Namespace, console: Console) -> Answer:
         from pipeline.align import align
         from pipeline.evaluation.table import print_comparison
 
-        outcomes, comparison = align(experiment, arguments.checkpoints, console)
+        outcomes, comparison, report = align(experiment, arguments.checkpoints, console)
     print_comparison(comparison, console)
     console.print(f"written: {outcomes[-1].run}/compare.json", highlight=False)
+    console.print(f"report: {report}", highlight=False)
     runs = [str(outcome.run) for outcome in outcomes]
     stages = {"sft": outcomes[0].as_dict(), "dpo": outcomes[1].as_dict()}
-    return {"ok": True, "runs": runs, "stages": stages, "compare": comparison.as_dict()}, ExitCode.DONE
+    answer = {"ok": True, "runs": runs, "stages": stages, "compare": comparison.as_dict(), "report": str(report)}
+    return answer, ExitCode.DONE
 
 
 def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
@@ -316,6 +337,16 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
     return {"ok": True, **comparison.as_dict()}, ExitCode.DONE
 
 
+def _report(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.report.page import write_report
+    from pipeline.runs.run import find_run, require_run
+
+    runs = [require_run(find_run(arguments.checkpoints, name)) for name in arguments.runs]
+    path = write_report(runs, arguments.checkpoints, arguments.out)
+    console.print(f"written: {path}", highlight=False)
+    return {"ok": True, "path": str(path)}, ExitCode.DONE
+
+
 def _verify(arguments: argparse.Namespace, console: Console) -> Answer:
     from pipeline.runs.run import find_run, require_run
 
@@ -332,25 +363,42 @@ def _verify(arguments: argparse.Namespace, console: Console) -> Answer:
 
 
 def _runs(arguments: argparse.Namespace, console: Console) -> Answer:
-    from rich.table import Table
+    from pipeline.runs.listing import listed, print_runs
 
-    from pipeline.runs.run import list_runs
+    rows = listed(
+        arguments.checkpoints,
+        experiment=arguments.experiment,
+        stage=arguments.stage,
+        status=arguments.status,
+        sort=arguments.sort,
+        reverse=arguments.reverse,
+    )
+    if rows:
+        print_runs(rows, console)
+    else:
+        console.print(f"no such runs under {arguments.checkpoints}")
+    return {"ok": True, "runs": rows}, ExitCode.DONE
 
-    runs = list_runs(arguments.checkpoints)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "status", "started", "base", "parent"):
-        table.add_column(heading)
-    for run in runs:
-        base = run.manifest.get("base", {}).get("id", "")
-        started, parent = str(run.manifest.get("start", "")), str(run.manifest.get("parent") or "")
-        table.add_row(run.name, run.status, started, base, parent)
-    console.print(table if runs else f"no runs under {arguments.checkpoints}")
-    return {"ok": True, "runs": [_run_summary(run) for run in runs]}, ExitCode.DONE
+
+def _runs_diff(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.runs.differences import run_differences
+    from pipeline.runs.listing import print_differences
+    from pipeline.runs.run import find_run, require_run
+
+    runs = [require_run(find_run(arguments.checkpoints, name)) for name in arguments.runs]
+    names = [run.name for run in runs]
+    parts = run_differences(runs)
+    print_differences(names, parts, console)
+    return {"ok": True, "runs": names, "differences": parts}, ExitCode.DONE
 
 
-def _run_summary(run: Run) -> dict[str, Any]:
-    keys = ("stage", "status", "experiment", "start", "end", "parent", "metrics")
-    return {"run": str(run.path), "name": run.name, **{key: run.manifest.get(key) for key in keys}}
+def _chat(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.runs.run import find_run
+
+    run = find_run(arguments.checkpoints, arguments.run)
+    from pipeline.chat import chat
+
+    return {"ok": True, "turns": chat(run, console, system=arguments.system)}, ExitCode.DONE
 
 
 if __name__ == "__main__":

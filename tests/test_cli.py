@@ -51,7 +51,7 @@ def in_a_new_process(*arguments: str) -> set[str]:
     return set(lines)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["runs"], ["sft", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["runs"], ["runs", "--sort", "loss"], ["sft", "--help"]])
 def test_what_does_not_train_does_not_import_torch(arguments: list[str]) -> None:
     assert not {"torch", "transformers", "datasets", "trl", "wandb"} & in_a_new_process(*arguments)
 
@@ -86,6 +86,16 @@ def test_align_goes_all_the_way(run: Any, write_experiment: Any, tmp_path: Path)
     samples = (tmp_path / "checkpoints/lights/dpo-001/samples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in samples] == kept["samples"]
     assert answer.json["stages"]["dpo"]["reference"]["drift"] == 0.0
+
+    page = Path(answer.json["report"]).read_text(encoding="utf-8")
+    assert answer.json["report"] == "checkpoints/lights/dpo-001/report.html"
+    assert compared["verdict"]["sentence"] in page
+    assert run("report", "lights/dpo-001", "--out", "here.html", "--format", "json").json["path"] == "here.html"
+    assert Path("here.html").is_file()
+    found = run("runs", "diff", "lights/sft-001", "lights/dpo-001", "--format", "json").json
+    assert found["runs"] == ["lights/sft-001", "lights/dpo-001"]
+    assert found["differences"]["experiment"] == {}
+    assert found["differences"]["versions"]["parent"] == [None, "lights/sft-001"]
 
     again = run("compare", "lights/sft-001", "lights/dpo-001", "--format", "json").json
     assert again["metrics"] == compared["metrics"]

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 BY_OTHERS = {
     "accelerate": "Transformers' Trainer",
     "gguf": "Transformers, for GGUF files",
-    "jinja2": "Transformers, for chat templates",
 }
 """Imported by a library that does not depend on it by itself."""
 TOOLS = {"build", "mypy", "ruff", "types-jsonschema", "types-pyyaml"}
@@ -26,7 +25,7 @@ def named(requirements: list[str]) -> set[str]:
 def imported(folder: str) -> set[str]:
     """The distributions that the modules in a folder import; its own modules and the package's are none."""
     files = list((ROOT / folder).rglob("*.py"))
-    own = {"pipeline", *(file.stem for file in (ROOT / "scripts").glob("*.py")), *sys.stdlib_module_names}
+    own = {"pipeline", "tests", *(file.stem for file in (ROOT / "scripts").glob("*.py")), *sys.stdlib_module_names}
     known = packages_distributions()
     modules = {name.partition(".")[0] for file in files for name in modules_of(file)} - own
     return {one.lower().replace("_", "-") for module in modules for one in known.get(module, [module])}

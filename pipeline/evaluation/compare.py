@@ -6,21 +6,25 @@ how they are checked and what is measured is the same for all, so that every dif
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 
+from pipeline.data.rows import Preference
 from pipeline.data.tokens import Completion, Pair
 from pipeline.evaluation.checks import Checks, check_answer, require_references
 from pipeline.evaluation.generation import Answer, generate
+from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.preference import completion_logps, pair_logps, preference_scores
 from pipeline.evaluation.questions import Question
-from pipeline.evaluation.results import Comparison, Sample
+from pipeline.evaluation.results import Comparison, PairScore, Sample
 from pipeline.evaluation.summary import Measured, differences, figures
+from pipeline.evaluation.verdict import verdict_of
 
 Progress: TypeAlias = Callable[[str, str, int, int], None]
 """Called with the model's name, what is being done, how many of these are done, and of how many."""
@@ -58,6 +62,8 @@ class Asked:
     """Held-out demonstrations, for the perplexity (`questions.completion_of`)."""
     pairs: Sequence[Pair] = ()
     """Held-out preferences (`tokens.tokenize_pair`)."""
+    preferences: Sequence[Preference] = ()
+    """The same as rows, one for each of `pairs`, to be shown; or none."""
     max_new_tokens: int = 128
     batch_size: int = 25
     """Questions at a time."""
@@ -94,7 +100,8 @@ def compare(
     assert base is None or base in names, "the base is not among the candidates"
     require_references([question.reference for question in asked.questions], asked.checks)
     completions = [completion for completion in asked.completions if completion.scored_tokens]
-    pairs = [pair for pair in asked.pairs if pair.chosen_ids and pair.rejected_ids]
+    scorable = [at for at, pair in enumerate(asked.pairs) if pair.chosen_ids and pair.rejected_ids]
+    pairs = [asked.pairs[at] for at in scorable]
 
     measured: dict[str, Measured] = {}
     seconds: dict[str, float] = {}
@@ -120,7 +127,18 @@ def compare(
             _margins(candidate, pairs, asked.scoring_batch_size, scored, progress),
         )
         seconds[candidate.name] = time.perf_counter() - started
-    return _summed_up(measured, asked.questions, seconds, base, seed)
+    comparison = _summed_up(measured, asked.questions, seconds, base, seed)
+    references = {one.name: one.reference.key for one in candidates if one.reference is not None}
+    between = _between(measured, references, base, seed)
+    shown = [asked.preferences[at] for at in scorable] if asked.preferences else []
+    checks = {name: rows.checks for name, rows in measured.items()}
+    against = {name: {**others, **_against_base(comparison, name)} for name, others in between.items()}
+    return replace(
+        comparison,
+        between=between,
+        pairs=_pair_scores(measured, shown),
+        verdict=verdict_of(checks, against, seed=seed),
+    )
 
 
 def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Progress | None) -> list[Answer]:
@@ -175,6 +193,39 @@ def _counter(progress: Progress | None, name: str, what: str, total: int) -> Cal
         progress(name, what, done, total)
 
     return advance
+
+
+def _between(
+    measured: Mapping[str, Measured], references: Mapping[str, str], base: str | None, seed: int
+) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """Every model less each earlier one; rewards only where both are measured against one reference."""
+    tuned = [name for name in measured if name != base]
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for at, name in enumerate(tuned):
+        found[name] = {}
+        for earlier in tuned[:at]:
+            apart = differences(measured[name], measured[earlier], seed=seed)
+            if references.get(name) != references.get(earlier):
+                apart = {metric: value for metric, value in apart.items() if not metric.startswith("preference_")}
+            found[name][earlier] = apart
+    return found
+
+
+def _against_base(comparison: Comparison, name: str) -> dict[str, dict[str, Estimate]]:
+    return {comparison.base: comparison.deltas[name]} if comparison.base is not None else {}
+
+
+def _pair_scores(measured: Mapping[str, Measured], rows: Sequence[Preference]) -> list[PairScore]:
+    margins = {name: some.margins for name, some in measured.items() if some.margins is not None}
+    return [
+        PairScore(
+            row.prompt,
+            row.chosen,
+            row.rejected,
+            {name: some[at] if math.isfinite(some[at]) else None for name, some in margins.items()},
+        )
+        for at, row in enumerate(rows)
+    ]
 
 
 def _summed_up(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import PipelineError
 from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.verdict import Verdict
 from pipeline.runs.files import write_json
+
+COMPARISON = "compare.json"
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,18 @@ class Sample:
     """By model."""
     checks: dict[str, dict[str, bool]]
     """By model and check."""
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """One held-out preference and the reward margin that every model gives it."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    """Text or messages, as in the data."""
+    margins: dict[str, float | None]
+    """By model; null where it is not finite."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +58,27 @@ class Comparison:
     seconds: dict[str, float]
     """What each model took."""
     absent: dict[str, dict[str, str]] = field(default_factory=dict)
+    between: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
+    """Every model less each earlier one that is not the base: by model, the earlier one, and metric."""
+    pairs: list[PairScore] = field(default_factory=list)
+    """Held-out preferences, with the margins of the models that have a reference."""
+    verdict: Verdict | None = None
+    versions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each tuned model is: `run` (its name, or the adapter's folder) and the adapter's `sha256`."""
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as `compare.json` holds it."""
         return {
             "models": list(self.models),
+            "versions": self.versions,
             "base": self.base,
             "metrics": _plain(self.metrics),
             "deltas": _plain(self.deltas),
             "absent": self.absent,
             "seconds": {model: round(seconds, 3) for model, seconds in self.seconds.items()},
+            "between": {model: _plain(others) for model, others in self.between.items()},
+            "verdict": None if self.verdict is None else self.verdict.as_dict(),
+            "pairs": [asdict(pair) for pair in self.pairs],
             "samples": [asdict(sample) for sample in self.samples],
         }
 
@@ -69,6 +97,33 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         OSError: the disk refused.
     """
     write_json(path, comparison.as_dict())
+
+
+def read_comparison(folder: Path) -> dict[str, Any] | None:
+    """The `compare.json` of a run folder; None where the run was not compared.
+
+    Raises:
+        PipelineError: the file is damaged.
+    """
+    path = folder / COMPARISON
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, dict) or not {"models", "metrics", "deltas", "samples"} <= value.keys():
+        raise _damaged(path, "it holds no models, metrics, deltas and samples")
+    return value
+
+
+def _damaged(path: Path, cause: str) -> PipelineError:
+    return PipelineError(
+        f"the comparison cannot be read: {cause}",
+        code="damaged-comparison",
+        file=path,
+        mend="run `pipeline compare` again",
+    )
 
 
 def samples_worth_showing(samples: Sequence[Sample], count: int) -> list[Sample]:

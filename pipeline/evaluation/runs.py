@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from rich.progress import (
 )
 
 from pipeline.data.check import load_rows
+from pipeline.data.rows import Preference
 from pipeline.data.tokenised import tokenize_preferences
 from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.checks import checks_of
 from pipeline.evaluation.compare import Asked, Candidate, Policy, compare
 from pipeline.evaluation.questions import Question, completion_of, question_of
-from pipeline.evaluation.results import Comparison, write_comparison
+from pipeline.evaluation.results import COMPARISON, Comparison, write_comparison
 from pipeline.experiment import Experiment
 from pipeline.experiment_file import load_experiment
-from pipeline.model.adapter import attached, require_adapter
+from pipeline.model.adapter import adapter_sha256, attached, require_adapter
 from pipeline.model.base import load_base
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
@@ -80,11 +82,18 @@ def compare_runs(
             seed=experiment.seed,
             progress=ticking,
         )
+    versions = {name: _version(run) for name, run in zip(names, runs, strict=True)}
+    comparison = replace(comparison, versions=versions)
     if isinstance(runs[-1], Run):
-        write_comparison(runs[-1].path / "compare.json", comparison)
+        write_comparison(runs[-1].path / COMPARISON, comparison)
         samples = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in comparison.as_dict()["samples"])
         write_atomically(runs[-1].path / "samples.jsonl", "".join(samples))
     return comparison
+
+
+def _version(run: Run | Path) -> dict[str, Any]:
+    folder = run if isinstance(run, Path) else run.adapter
+    return {"run": str(run) if isinstance(run, Path) else run.name, "sha256": adapter_sha256(folder)}
 
 
 def experiment_of(run: Run | Path) -> Experiment:
@@ -141,15 +150,21 @@ def _asked(experiment: Experiment, tokenizer: Any, questions: list[Question]) ->
     evaluation, preferences = experiment.evaluation, experiment.data.preferences
     held_out = preferences.eval if preferences is not None else None
     pairs: list[Pair] = []
+    shown: list[Preference] = []
     if held_out is not None:  # the rows that DPO was evaluated on: its manifest counts those that were set aside
         aside, columns = experiment.data.on_invalid == "set-aside", experiment.data.columns(held_out, "preference")
         rows = load_rows(Path(held_out), "preference", set_aside=aside, columns=columns)
-        pairs, _ = tokenize_preferences(tokenizer, rows, experiment.dpo.max_length)
+        length = experiment.dpo.max_length
+        pairs, counted = tokenize_preferences(tokenizer, rows, length)
+        shown = list(rows)
+        if counted.dropped:
+            shown = [row for row in shown if tokenize_preferences(tokenizer, [row], length)[0]]
     return Asked(
         questions=questions,
         checks=checks_of(evaluation),
         completions=[completion_of(tokenizer, one, experiment.sft.max_length) for one in questions],
         pairs=pairs,
+        preferences=shown,
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
     )

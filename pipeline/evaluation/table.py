@@ -8,17 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.data.place import printable
-from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import Comparison, Sample, samples_worth_showing
+from pipeline.evaluation.wording import in_order, interval_text, is_share, last_said, metric_words, number_text
 
-_WORDS = {
-    "json_conformance": "conforms to the schema",
-    "ends_by_itself": "ends by itself",
-    "preference_accuracy": "prefers chosen answers",
-    "preference_margin": "reward margin",
-    "perplexity": "perplexity",
-    "length_mean": "answer length, tokens",
-}
 _SHOWN_CHARACTERS = 300
 
 
@@ -33,13 +25,29 @@ def print_comparison(comparison: Comparison, console: Console, *, samples: int =
     if comparison.deltas:
         note += f" Below: the difference to {comparison.base}, row by row (pt: points of percent)."
     console.print(Text(note, style="dim"))
+    took = ", ".join(f"{model} {seconds:.0f} s" for model, seconds in comparison.seconds.items())
+    console.print(Text(f"Measured in: {took}.", style="dim"))
     for model, reasons in comparison.absent.items():
         for name, reason in reasons.items():
-            console.print(Text(f"{model}: no {_words(name)}: {reason}", style="yellow"))
+            console.print(Text(f"{model}: no {metric_words(name)}: {reason}", style="yellow"))
     for sample in samples_worth_showing(comparison.samples, samples):
         console.print()
-        console.print(Text("prompt: ", style="bold").append(_shown(_asked(sample)), style="not bold"))
+        console.print(Text("prompt: ", style="bold").append(_shown(last_said(sample.prompt, "user")), style="not bold"))
         console.print(_sample(sample, comparison.models))
+    print_verdict(comparison, console)
+
+
+def print_verdict(comparison: Comparison, console: Console) -> None:
+    """Prints which version should survive, and what is better and worse about it beyond chance."""
+    verdict = comparison.verdict
+    if verdict is None:
+        return
+    console.print()
+    console.print(Text("verdict: ", style="bold").append(verdict.sentence, style="not bold"))
+    for word, found, style in (("better", verdict.gains, "green"), ("worse", verdict.losses, "yellow")):
+        for other, metrics in found.items():
+            if metrics:
+                console.print(Text(f"  {word} than {other}: {', '.join(map(metric_words, metrics))}", style=style))
 
 
 def _figures(comparison: Comparison) -> Table:
@@ -48,58 +56,27 @@ def _figures(comparison: Comparison) -> Table:
     table.add_column("n", justify="right")
     for model in comparison.models:
         table.add_column(Text(model), justify="right", overflow="fold")
-    for name in _names(comparison):
+    for name in in_order(name for metrics in comparison.metrics.values() for name in metrics):
         estimates = [comparison.metrics[model].get(name) for model in comparison.models]
         rows = sorted({estimate.n for estimate in estimates if estimate is not None})
         cells = [_cell(comparison, model, name) for model in comparison.models]
-        table.add_row(Text(_words(name)), "/".join(map(str, rows)), *cells)
+        table.add_row(Text(metric_words(name)), "/".join(map(str, rows)), *cells)
     return table
-
-
-def _names(comparison: Comparison) -> list[str]:
-    """The metrics that any model has: what the user asked for first, then the rest as `_WORDS` has them."""
-    names = list(dict.fromkeys(name for metrics in comparison.metrics.values() for name in metrics))
-    order = ["json_conformance", *(name for name in names if "/" in name), *_WORDS]
-    return sorted(names, key=order.index)
-
-
-def _words(name: str) -> str:
-    kind, _, rest = name.partition("/")
-    if kind == "match":
-        return f"{rest} correct"
-    if kind == "check":
-        return f"check {rest}"
-    return _WORDS[name]
-
-
-def _is_share(name: str) -> bool:
-    return name not in ("preference_margin", "perplexity", "length_mean")
 
 
 def _cell(comparison: Comparison, model: str, name: str) -> Text:
     estimate = comparison.metrics[model].get(name)
     if estimate is None:
         return Text("-", style="dim")
-    cell = Text(_number(estimate.value, name) + (" %" if _is_share(name) else ""), style="bold")
-    cell.append(f" {_interval(estimate, name)}", style="not bold")
+    cell = Text(number_text(estimate.value, name) + (" %" if is_share(name) else ""), style="bold")
+    cell.append(f" {interval_text(estimate, name)}", style="not bold")
     delta = comparison.deltas.get(model, {}).get(name)
     if delta is not None:
         # Only where the whole interval is on one side of zero is a direction more than chance.
         style = "not bold" if delta.low > 0 or delta.high < 0 else "not bold dim"
-        unit = " pt" if _is_share(name) else ""
-        cell.append(f"\n{_number(delta.value, name, '+')}{unit} {_interval(delta, name, '+')}", style=style)
+        unit = " pt" if is_share(name) else ""
+        cell.append(f"\n{number_text(delta.value, name, '+')}{unit} {interval_text(delta, name, '+')}", style=style)
     return cell
-
-
-def _interval(estimate: Estimate, name: str, sign: str = "") -> str:
-    return f"[{_number(estimate.low, name, sign)}, {_number(estimate.high, name, sign)}]"
-
-
-def _number(value: float, name: str, sign: str = "") -> str:
-    if _is_share(name):
-        # The interval of fifty prompts spans tens of points: decimals would be noise.
-        return f"{100 * value:{sign}.0f}"
-    return f"{value:{sign}.1f}" if abs(value) >= 100 else f"{value:{sign}#.3g}"
 
 
 def _sample(sample: Sample, models: list[str]) -> Table:
@@ -111,14 +88,6 @@ def _sample(sample: Sample, models: list[str]) -> Table:
     if any(sample.checks.values()):
         table.add_row(*(_verdict(names) for names in failed))
     return table
-
-
-def _asked(sample: Sample) -> str:
-    """The last thing the user said."""
-    if isinstance(sample.prompt, str):
-        return sample.prompt
-    said = [turn.get("content") for turn in sample.prompt if turn.get("role") == "user"]
-    return said[-1] if said and isinstance(said[-1], str) else ""
 
 
 def _verdict(failed: list[str]) -> Text:

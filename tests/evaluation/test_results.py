@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import PipelineError
 from pipeline.evaluation.intervals import Estimate
-from pipeline.evaluation.results import Comparison, Sample, samples_worth_showing, write_comparison
+from pipeline.evaluation.results import (
+    Comparison,
+    PairScore,
+    Sample,
+    read_comparison,
+    samples_worth_showing,
+    write_comparison,
+)
 
 
 def comparison(value: float = 0.5) -> Comparison:
@@ -21,6 +29,8 @@ def comparison(value: float = 0.5) -> Comparison:
         deltas={"sft": {}},
         samples=[Sample("Grüße", None, {"base": "x", "sft": "y"}, {"base": {}, "sft": {"check/a": True}})],
         seconds={"base": 1.23456, "sft": 2.0},
+        pairs=[PairScore("p", "c", "r", {"sft": 0.5, "dpo": None})],
+        versions={"sft": {"run": "a/sft-001", "sha256": "1f"}},
     )
 
 
@@ -36,6 +46,10 @@ def test_the_file_holds_the_contract(tmp_path: Path) -> None:
             "sft": {"perplexity": {"value": 0.5, "low": 0, "high": 1, "n": 4}},
         },
         "deltas": {"sft": {}},
+        "between": {},
+        "versions": {"sft": {"run": "a/sft-001", "sha256": "1f"}},
+        "verdict": None,
+        "pairs": [{"prompt": "p", "chosen": "c", "rejected": "r", "margins": {"sft": 0.5, "dpo": None}}],
         "absent": {},
         "seconds": {"base": 1.235, "sft": 2.0},
         "samples": [
@@ -57,6 +71,18 @@ def test_json_has_no_such_number(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_comparison(file, comparison(value))
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
+
+
+def test_read_again(tmp_path: Path) -> None:
+    assert read_comparison(tmp_path) is None
+    write_comparison(tmp_path / "compare.json", comparison())
+    assert read_comparison(tmp_path) == comparison().as_dict() | {
+        "seconds": {"base": 1.235, "sft": 2.0},
+    }
+    for damaged in ('{"models": []}', "[1]", '{"models'):
+        (tmp_path / "compare.json").write_text(damaged)
+        with pytest.raises(PipelineError, match=r"compare\.json"):
+            read_comparison(tmp_path)
 
 
 def test_samples_on_which_the_models_differ_come_first() -> None:
