@@ -97,6 +97,7 @@ EXAMPLES: dict[str, Example] = {
     "prompt-last-not-user": Example(f'{{"prompt": [{USER}, {ANSWER}], "completion": [{ANSWER}]}}', TURNS),
     "first-not-assistant": Example(f'{{"prompt": [{USER}], "completion": [{USER}, {ANSWER}]}}', TURNS),
     "nothing-to-train": Example(talk(USER, ANSWER[:-1] + ', "weight": 0}'), talk(USER, ANSWER[:-1] + ', "weight": 1}')),
+    "completion-repeats-prompt": Example(TEXT.replace(" 4", "2 + 2 = 4"), TEXT),
     "chosen-equals-rejected": Example(PAIR.replace("5", "4"), PAIR),
     "duplicate-row": Example(f"{TEXT}\n{TEXT}", TEXT),
     "opposite-preference": Example(f"{PAIR}\n" + '{"prompt": "2 + 2 =", "chosen": " 5", "rejected": " 4"}', PAIR),

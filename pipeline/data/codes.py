@@ -71,6 +71,7 @@ MENDS: dict[str, str] = {
     "prompts-differ": "pair answers to one and the same conversation",
     "no-common-prompt": "let both begin with the prompt, or give it as `prompt`",
     "no-answer": "write the answer behind the prompt, or drop the row",
+    "completion-repeats-prompt": "begin the answer where the prompt ends: training puts the two together",
     "chosen-equals-rejected": "drop the row: there is nothing to prefer",
     # Warnings
     "duplicate-row": "drop the copy, unless the row is meant to count twice",

@@ -26,6 +26,8 @@ _KNOWN_ORDERS: dict[str, set[tuple[str, ...]]] = {
 # fmt: on
 """The roles of most rows, which break no rule: the others are looked at turn by turn."""
 _HEAD = 64
+_PROMPT_WORDS = 3
+"""An answer may begin with one or two words of a prompt by chance."""
 
 
 def broken_rules(converted: Converted) -> Iterator[Finding]:
@@ -42,6 +44,8 @@ def broken_rules(converted: Converted) -> Iterator[Finding]:
         elif not _plainly_right("conversation", row.messages):
             yield from _blank(row.messages, where)
             yield from _conversation(row.messages, where)
+    else:
+        yield from _repeated(row.prompt or "", "completion", row.completion or "", places["completion"][0])
 
 
 def _preference(row: Preference, places: Places) -> Iterator[Finding]:
@@ -52,6 +56,8 @@ def _preference(row: Preference, places: Places) -> Iterator[Finding]:
         if not (isinstance(answer, str) or _plainly_right("answer", answer)):
             yield from _blank(answer, places[name])
             yield from _answer(name, answer, places[name])
+        elif isinstance(answer, str) and isinstance(row.prompt, str):
+            yield from _repeated(row.prompt, name, answer, places[name][0])
     if not _begin_alike(row.chosen, row.rejected):
         return
     at = places["rejected"][0][:1]
@@ -60,6 +66,16 @@ def _preference(row: Preference, places: Places) -> Iterator[Finding]:
     elif _normalised(row.chosen) == _normalised(row.rejected):
         message = "`chosen` and `rejected` differ in spaces or in how characters are encoded alone"
         yield Finding("chosen-equals-rejected", message, at)
+
+
+def _repeated(prompt: str, name: str, answer: str, at: Keys) -> Iterator[Finding]:
+    """A plain text that begins with all of its prompt, which then stands twice in what is trained on.
+
+    In a conversation an answer may do so: a sentence that was to be corrected and needed no correction.
+    """
+    prompt = prompt.strip()
+    if answer.lstrip().startswith(prompt) and len(prompt.split()) >= _PROMPT_WORDS:
+        yield Finding("completion-repeats-prompt", f"`{name}` begins with the whole prompt", at)
 
 
 def _blank(messages: list[Message], where: _Where) -> Iterator[Finding]:

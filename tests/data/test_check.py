@@ -101,6 +101,10 @@ DEMONSTRATIONS = {
     "messages and text": (f'{{"prompt": [{USER}], "completion": "b"}}', [("/prompt", "mixed-forms")]),
     "empty completion": ('{"prompt": "a", "completion": ""}', [("/completion", "empty-content")]),
     "blank prompt": ('{"prompt": " \\n\\u00a0", "completion": "b"}', [("/prompt", "empty-content")]),
+    "prompt in front of the completion": (
+        '{"prompt": "Two and two?", "completion": "Two and two? Four"}',
+        [("/completion", "completion-repeats-prompt")],
+    ),
     "invisible completion": (
         '{"prompt": "a", "completion": "\\u200b\\ufeff"}',
         [("/completion", "empty-content")],
@@ -231,6 +235,14 @@ PREFERENCES = {
     "demonstration": (GOOD, [("", "wrong-kind")]),
     "no prompt": ('{"chosen": "b", "rejected": "c"}', [("/rejected", "no-common-prompt")]),
     "no rejected": ('{"prompt": "a", "chosen": "b"}', [("", "missing-key")]),
+    "chosen with its prompt in front": (
+        '{"prompt": "Two and two?", "chosen": "Two and two? Four", "rejected": "Five"}',
+        [("/chosen", "completion-repeats-prompt")],
+    ),
+    "both with their prompt in front": (
+        '{"prompt": " Two and two?\\n", "chosen": "Two and two? Four", "rejected": "\\nTwo and two?"}',
+        [("/chosen", "completion-repeats-prompt"), ("/rejected", "completion-repeats-prompt")],
+    ),
     "equal texts": (GOOD_PAIR.replace('"c"', '"b"'), [("/rejected", "chosen-equals-rejected")]),
     "equal but for spaces": (GOOD_PAIR.replace('"c"', '" b\\n"'), [("/rejected", "chosen-equals-rejected")]),
     "equal in NFKC": (  # ligature fi
@@ -490,6 +502,24 @@ ACCEPTED = {
         f'{{"prompt": [{USER}, {CALL}, {RESULT}], "completion": [{ANSWER}]}}',
     ),
     "pair": ("preference", "conversational-preference", pair()),
+    "begins like the prompt": (
+        "demonstration",
+        "standard-prompt-completion",
+        '{"prompt": "Two and two?", "completion": "Two and two make four"}',
+    ),
+    "begins with a short prompt": (
+        "demonstration",
+        "standard-prompt-completion",
+        '{"prompt": "Two", "completion": "Two."}',
+    ),
+    "answer that repeats a sentence": (
+        "demonstration",
+        "messages",
+        talk(
+            '{"role": "user", "content": "She goes to school."}',
+            '{"role": "assistant", "content": "She goes to school."}',
+        ),
+    ),
     "pair of texts": ("preference", "standard-preference", GOOD_PAIR),
     "pair with messages": ("preference", "standard-preference", GOOD_PAIR.replace("}", ', "messages": [1]}')),
     "call or answer": ("preference", "conversational-preference", pair(rejected=f"[{CALL}]")),

@@ -39,5 +39,6 @@ def plain(text):
 @example(["a b c", "\u0301 d"], ["a b ", "c\u0301 d"])
 def test_answers_that_are_alike_begin_alike(one, other):
     one, other = "x" + "".join(one), "x" + "".join(other)
-    found = list(rules.broken_rules(Converted(Preference("p", one, other), {"rejected": [("rejected",)]})))
+    places = {"chosen": [("chosen",)], "rejected": [("rejected",)]}
+    found = list(rules.broken_rules(Converted(Preference("p", one, other), places)))
     assert bool(found) == (plain(one) == plain(other))
