@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from error_examples import ANSWER, GOOD, PAIR, TEXT, USER, talk
+from error_examples import ANSWER, GOOD, LONG, PAIR, TEXT, USER, talk
 
 from pipeline.data.archives import FREE_BYTES
 from pipeline.data.check import check_file, load_rows
@@ -179,6 +179,8 @@ def no_such_row(here: Path) -> Said:
     return refused(lambda: inspect(Experiment.model_validate(given), tokenizer(None), "sft", 2))
 
 
+LATER = " ".join(f"and {number}" for number in range(12, 24))
+NEAR = f'{{{{"prompt": "{LONG} {LATER} {{0}}", "completion": "yes"}}}}'
 OTHER = TEXT.replace("2 +", "3 +").replace(" 4", " 5")
 
 SCENES: dict[str, Scene] = {
@@ -227,6 +229,10 @@ SCENES: dict[str, Scene] = {
     "duplicate-across-files": Scene(
         "The same row in the training and in the evaluation data, in two files that are given, or in two shards.",
         lambda here: experiment(here, f"{OTHER}\n{TEXT}", TEXT),
+    ),
+    "near-duplicate-across-files": Scene(
+        "A row of the evaluation data that is nearly one of the training data, where near duplicates are looked for.",
+        lambda here: experiment(here, NEAR.format("four"), NEAR.format("fourteen")),
     ),
     "shared-prompts": Scene(
         "The same prompt in the demonstrations and in the preferences that an experiment trains on.",

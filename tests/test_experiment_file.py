@@ -379,8 +379,8 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypa
     assert made.model.id == str(base / "experiments/m")
     assert made.tokenizer.chat_template == str(base / "elsewhere/t.jinja")
     assert made.data.model_dump(exclude={"on_invalid"}) == {
-        "demonstrations": {"train": str(base / "data/a.jsonl"), "eval": "/abs/b.jsonl"},
-        "preferences": {"train": "/home/someone/c.jsonl", "eval": None},
+        "demonstrations": {"train": str(base / "data/a.jsonl"), "eval": "/abs/b.jsonl", "map": {}},
+        "preferences": {"train": "/home/someone/c.jsonl", "eval": None, "map": {}},
     }
     assert made.evaluation.prompts == str(base / "experiments/p.jsonl")
     assert made.evaluation.output_schema == str(base / "experiments/here/s.json")

@@ -79,6 +79,7 @@ MENDS: dict[str, str] = {
     "length-bias": "balance the pairs, or expect the model to learn length: compare `length_mean` before and after",
     "evaluated-on-training-data": "drop the row from one of the two files: a score on what was trained on says nothing",
     "duplicate-across-files": "drop the row from one of the files",
+    "near-duplicate-across-files": "drop it from one of them, unless the small difference is what is evaluated",
     "shared-prompts": "nothing, if it is meant (answers to demonstrations' prompts, say); else drop them from one",
     "near-duplicate": "drop one of the two, unless the small difference is the point",
     "few-rows": "a handful of rows shows that a setup works; it teaches a model little",

@@ -54,15 +54,22 @@ class NearDuplicates:
             return
         number, self.rows = self.rows, self.rows + 1
         runs = _runs(row)
-        minhash = _empty().copy()
-        minhash.update_batch(runs)
-        best = max(
-            (self._near(number, runs, other) for other in self._lsh.query(minhash)), default=None, key=_closeness
-        )
-        if best is not None and best.similarity >= THRESHOLD:
-            self.found.append(best)
+        minhash = _minhash(runs)
+        self.found += self._closest(number, runs, minhash)
         self._lsh.insert(number, minhash, check_duplication=False)
         self._runs.append(array("I", runs))
+
+    def in_other(self, other: NearDuplicates) -> Iterator[Near]:
+        """The rows of `other` that are nearly the same as one here; `earlier` is the number of the row here."""
+        for number, kept in enumerate(other._runs):
+            runs = set(kept)
+            yield from self._closest(number, runs, _minhash(runs))
+
+    def _closest(self, number: int, runs: set[int], minhash: MinHash) -> list[Near]:
+        """The nearest of the rows before, where one is near enough."""
+        candidates = (self._near(number, runs, other) for other in self._lsh.query(minhash))
+        best = max(candidates, default=None, key=_closeness)
+        return [] if best is None or best.similarity < THRESHOLD else [best]
 
     def _near(self, number: int, runs: set[int], other: int) -> Near:
         both = len(runs.intersection(self._runs[other]))
@@ -71,6 +78,12 @@ class NearDuplicates:
 
 def _closeness(near: Near) -> tuple[float, int]:
     return near.similarity, -near.earlier
+
+
+def _minhash(runs: set[int]) -> MinHash:
+    minhash = _empty().copy()
+    minhash.update_batch(runs)
+    return minhash
 
 
 @cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -64,9 +64,9 @@ class _Indices:
 def warn_of_overlap(files: Sequence[CheckedFile], max_warnings: int) -> None:
     """Adds warnings and numbers to the reports of files that share rows or prompts.
 
-    A row or prompt of a training file in an evaluation file is a warning for each row of the latter. Of two training
-    files, or files whose use is not known, it is one warning in all: shared prompts may be meant there. Of shards,
-    which are one data set, only whole rows are compared.
+    A row or prompt of a training file in an evaluation file is a warning for each row of the latter, and so is a row
+    that is nearly the same, where that was looked for. Of two training files, or files whose use is not known, it is
+    one warning in all: shared prompts may be meant there. Of shards, which are one data set, only whole rows count.
 
     Args:
         files: each once.
@@ -98,6 +98,8 @@ def _compare(first: CheckedFile, second: CheckedFile, index: _Indices, max_warni
         row = here.prints.prompt_row(number)
         if row not in copies and row not in prompts and (found := index.prompts.find(prompt)) is not None:
             prompts[row] = there.prints.prompt_row(found)
+    if first.leaks_into(second):
+        _warn_of_near_rows(here, there, copies.keys() | prompts.keys(), max_warnings)
     if not copies and not prompts:
         return
     here.audit.setdefault("overlap", []).append(
@@ -116,6 +118,17 @@ def _compare(first: CheckedFile, second: CheckedFile, index: _Indices, max_warni
         rows = "1 row has" if len(prompts) == 1 else f"{len(prompts):,} rows have"
         message = f"{rows} a prompt of {there.file}, this one that of its {there.prints.place(other)}"
         here.warn("shared-prompts", message, max_warnings, *here.prints.place(row))
+
+
+def _warn_of_near_rows(here: Report, there: Report, known: Set[int], max_warnings: int) -> None:
+    """Warns of each evaluated row that is nearly one that is trained on, and was not warned of before."""
+    if here.near is None or there.near is None:
+        return
+    for number, other, similarity in there.near.in_other(here.near):
+        if number not in known:
+            at = there.prints.place(other).of(there.file)
+            message = f"{similarity:.0%} the same as the row that is trained on at {at}"
+            here.warn("near-duplicate-across-files", message, max_warnings, *here.prints.place(number))
 
 
 def _found(report: Report, rows: Index) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipeline.data.audit import Audit
 from pipeline.data.codes import MENDS
 from pipeline.data.fingerprints import Fingerprints
+from pipeline.data.near import NearDuplicates
 from pipeline.data.place import Excerpt, pointer
 from pipeline.data.rows import Kind
 from pipeline.errors import PipelineError
@@ -80,6 +81,8 @@ class Report:
     """What `audit` shows in numbers."""
     prints: Fingerprints = field(default_factory=Fingerprints, compare=False, repr=False)
     """What finds a row or a prompt of the file in another one."""
+    near: NearDuplicates | None = field(default=None, compare=False, repr=False)
+    """What finds rows that are nearly the same in another file; None: they were not looked for."""
 
     @property
     def ok(self) -> bool:

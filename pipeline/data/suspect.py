@@ -31,6 +31,7 @@ def finish(report: Report, max_warnings: int, near: NearDuplicates | None = None
             counts.opposite_rows += 1
             message = f"prefers what the row at {earlier} rejects, and rejects what it prefers, on the same prompt"
             report.warn("opposite-preference", message, max_warnings, *place)
+    report.near = near
     if near is not None:
         found = [one for one in near.found if one.number not in equals]
         counts.near_duplicates = {"compared": near.rows, "found": len(found)}

@@ -538,7 +538,7 @@ def test_accepted_row(tmp_path, kind, format, row):
 
 # Of rows that are right by themselves: test_suspect.py and test_overlap.py have them.
 WARNINGS = {"duplicate-row", "near-duplicate", "opposite-preference", "few-rows", "length-bias"}
-WARNINGS |= {"evaluated-on-training-data", "shared-prompts", "duplicate-across-files"}
+WARNINGS |= {"evaluated-on-training-data", "shared-prompts", "duplicate-across-files", "near-duplicate-across-files"}
 
 
 def test_every_code_has_a_case():

@@ -62,6 +62,22 @@ def test_a_whole_row_that_is_trained_on_and_evaluated_on(file):
     assert held.report.audit["overlap"] == [{"file": train.report.file, "rows": 3, "same_rows": 2}]
 
 
+def test_a_row_that_is_nearly_one_that_is_trained_on(tmp_path):
+    words = " ".join(f"w{number}" for number in range(30))
+    files = []
+    for name, rows, use in (
+        ("train.jsonl", [text("x y z"), text(f"{words} a")], TRAIN),
+        ("eval.jsonl", [text(f"{words} b"), text(f"{words} a", "y"), text("p q r")], EVAL),
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(CheckedFile(check_file(tmp_path / name, near=True), [use]))
+    warn_of_overlap(files, 100)
+    found = {one.line: one for one in files[1].report.warnings if one.code in (*CODES, "near-duplicate-across-files")}
+    assert {line: one.code for line, one in found.items()} == {1: "near-duplicate-across-files", 2: CODES[0]}
+    # 31 words and the answer are 30 runs of three; the last two hold the word that differs: 28 of 32 are in both.
+    assert found[1].message == f"88% the same as the row that is trained on at {files[0].report.file}:2"
+
+
 def test_rows_of_an_array_on_one_line_are_told_apart(file, tmp_path):
     train = file("train.jsonl", [text("a"), text("b")], TRAIN)
     (tmp_path / "eval.json").write_text(json.dumps([text("b"), text("x"), text("a")]))
