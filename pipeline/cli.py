@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from",
         dest="start",
         metavar="RUN",
-        help="a run or an adapter folder; else the newest finished SFT run",
+        help="a run, an adapter folder or an adapter's hub id; else the newest finished SFT run",
     )
     add("align", _align, "sft, dpo and compare in one go", experiment)
     compare = add("compare", _compare, "the base and runs on the same held-out prompts", where)

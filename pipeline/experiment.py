@@ -9,6 +9,7 @@ Types are exact: a whole number is fine where a number is wanted, nothing else i
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from pathlib import Path
@@ -38,6 +39,13 @@ _LABEL_SMOOTHING = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """TRL's other losses ignore `label_smoothing` without a word."""
 _F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """The losses on the difference of rewards, where the normaliser of another divergence than KL cancels."""
+
+
+DpoAdapter = Literal["continue", "new", "frozen"]
+_INITS = {"gaussian", "orthogonal", "olora", "pissa"}
+"""PEFT's `init_lora_weights` by name that both stages carry through; the next two say why others are not."""
+_INITS_OF_DATA = {"eva", "corda", "lora_ga"}
+_REWRITING_INITS = ("olora", "pissa")
 
 
 def _refuse(cause: str, mend: str, *at: str, code: str = "conflict") -> PydanticCustomError:
@@ -148,13 +156,53 @@ class Lora(_Section):
     lora_alpha: PositiveInt = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base that SFT trains as well. Policy and reference share them, so DPO holds them still."""
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | Text = True
+    """`true`, `false`, `gaussian`, `orthogonal`, `olora`, `pissa` or `pissa_niter_16`. An adapter that `olora` or
+    `pissa` started is saved as a plain LoRA of twice the rank, which opens on the base as it is."""
     target_modules: Literal["qv", "qkvo", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """`qv`, `qkvo`, `all-linear` (every linear layer but the head), or a list of module names."""
     layers: Literal["all", "last-half"] | Annotated[list[NonNegativeInt], Field(min_length=1)] = "all"
     """Which blocks carry the adapter."""
+
+    @model_validator(mode="after")
+    def _init(self) -> Self:
+        init = self.init_lora_weights
+        if isinstance(init, bool):
+            return self
+        if init in _INITS_OF_DATA:
+            raise _refuse(
+                f"`init_lora_weights: {init}` is computed from batches of data before training, which no stage does",
+                "use `true`, `orthogonal` or `pissa`",
+                "init_lora_weights",
+            )
+        if init == "loftq":
+            raise _refuse(
+                "`init_lora_weights: loftq` quantises the base in its own way, and the adapter fits that base alone",
+                "use `model.quantize: nf4` with `init_lora_weights: true`",
+                "init_lora_weights",
+            )
+        if init not in _INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+            close = difflib.get_close_matches(init, sorted(_INITS), n=1)
+            raise _refuse(
+                f"`init_lora_weights` must be true, false, {', '.join(sorted(_INITS))} or pissa_niter_N; got `{init}`",
+                f"did you mean `{close[0]}`?" if close else "write one of them",
+                "init_lora_weights",
+                code="unknown-value",
+            )
+        if init == "orthogonal" and self.r % 2:
+            raise _refuse(
+                f"`init_lora_weights: orthogonal` needs an even rank; `r` is {self.r}", f"set `r: {self.r + 1}`", "r"
+            )
+        if self.use_dora and init.startswith(_REWRITING_INITS):
+            raise _refuse(
+                f"`init_lora_weights: {init}` is saved as a difference of two LoRAs, which `use_dora` does not allow",
+                "remove one of the two",
+                "use_dora",
+            )
+        return self
 
 
 class Unfreeze(_Section):
@@ -176,7 +224,8 @@ class Unfreeze(_Section):
 class Scope(_Section):
     """What is trainable."""
 
-    lora: Lora = Lora()
+    lora: Lora | None = Lora()
+    """Null: no LoRA, opened weights train alone."""
     unfreeze: Unfreeze = Unfreeze()
     """For both stages; a stage's own `unfreeze` replaces it."""
 
@@ -228,6 +277,9 @@ class Sft(_Stage):
 class Dpo(_Stage):
     """Phase two: direct preference optimisation with TRL's DPOTrainer on the SFT adapter."""
 
+    adapter: DpoAdapter = "continue"
+    """`continue` trains the SFT adapter on; `new` trains a fresh LoRA (of `scope.lora`) on top of it; `frozen` trains
+    what `unfreeze` opens, and no adapter. The reference is the SFT adapter each time."""
     beta: PositiveFloat = 0.1
     """How far the policy may move from the reference (Rafailov et al. 2023, equation 7)."""
     loss_type: LossType | Annotated[list[LossType], Field(min_length=1)] = "sigmoid"
@@ -249,6 +301,16 @@ class Dpo(_Stage):
                 "give one weight for each loss, or remove `loss_weights`",
                 "loss_weights",
             )
+        if len(set(losses)) < len(losses):
+            raise _refuse(
+                f"`loss_type` names a loss twice: {', '.join(losses)}",
+                "name each once, and weigh them with `loss_weights`",
+                "loss_type",
+            )
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise _refuse(
+                "every weight in `loss_weights` is 0, so nothing would train", "give one above 0", "loss_weights"
+            )
         if "exo_pair" in losses and self.label_smoothing == 0:
             raise _refuse(
                 "the loss `exo_pair` takes the logarithm of `label_smoothing`, which is 0",
@@ -268,6 +330,27 @@ class Dpo(_Stage):
                 "options",
                 "f_divergence_type",
             )
+        for option, needs, given in (
+            ("discopop_tau", "loss_type: discopop", "discopop" in losses),
+            ("f_alpha_divergence_coef", "f_divergence_type: alpha_divergence", divergence == "alpha_divergence"),
+        ):
+            if option in self.options and not given:
+                raise _refuse(
+                    f"`{option}` has no effect without `{needs}`", f"remove it, or use `{needs}`", "options", option
+                )
+        tau, alpha = self.options.get("discopop_tau"), self.options.get("ld_alpha")
+        for option, value, allowed, inside in (
+            ("discopop_tau", tau, "above 0", not isinstance(tau, int | float) or tau > 0),
+            ("ld_alpha", alpha, "from 0 to 1", not isinstance(alpha, int | float) or 0 <= alpha <= 1),
+        ):
+            if not inside:
+                raise _refuse(
+                    f"`{option}` must be {allowed}; got {value}",
+                    f"give a number {allowed}",
+                    "options",
+                    option,
+                    code="out-of-range",
+                )
         if self.options.get("use_weighting") and {"aot", "aot_unpaired"}.intersection(losses):
             raise _refuse(
                 "`use_weighting` weighs pairs, which the losses `aot` and `aot_unpaired` take apart",
@@ -368,3 +451,64 @@ class Experiment(_Section):
                 )
             self.__dict__[stage] = settings.model_copy(update={"eval_strategy": "no"})  # frozen for others
         return self
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        """What can be told without the model of what could not train, or could not be saved."""
+        lora, opens = self.scope.lora, {stage: self.unfreeze_of(stage)[0].opens for stage in ("sft", "dpo")}
+        if self.dpo.adapter == "frozen" and not opens["dpo"]:
+            raise _refuse(
+                "`dpo.adapter: frozen` trains opened weights alone, and `dpo.unfreeze` opens none",
+                "add `unfreeze: {last_blocks: 4, final_norm: true}` under `dpo:`, or use `adapter: continue`",
+                "dpo",
+                "adapter",
+            )
+        if lora is None:
+            if self.data.demonstrations is not None and not opens["sft"]:
+                raise _refuse(
+                    "`scope.lora` is null and SFT opens no weights, so nothing would train",
+                    "give `lora` its keys (`lora: {r: 8}`), or open weights under `unfreeze`",
+                    "scope",
+                    "lora",
+                )
+            if self.dpo.adapter == "new":
+                raise _refuse(
+                    "`dpo.adapter: new` trains a fresh LoRA, and `scope.lora` is null",
+                    "give `scope.lora` its keys, or use `adapter: continue`",
+                    "dpo",
+                    "adapter",
+                )
+            return self
+        if lora.bias != "none" and opens["sft"]:
+            raise _refuse(
+                f"`bias: {lora.bias}` beside opened weights is not supported: opened blocks train their own biases",
+                "remove `bias`, or open nothing in SFT",
+                "scope",
+                "lora",
+                "bias",
+            )
+        if self.dpo.adapter == "new" and (lora.use_dora or lora.bias != "none"):
+            key = "use_dora" if lora.use_dora else "bias"
+            raise _refuse(
+                f"`dpo.adapter: new` is saved as one LoRA with the SFT adapter, which `{key}` does not allow",
+                f"remove `{key}`, or use `adapter: continue`",
+                "scope",
+                "lora",
+                key,
+            )
+        if self.model.quantize == "nf4" and str(lora.init_lora_weights).startswith(_REWRITING_INITS):
+            raise _refuse(
+                f"`init_lora_weights: {lora.init_lora_weights}` decomposes the base's weights, which nf4 has packed",
+                "use `init_lora_weights: true`, or `quantize: none`",
+                "scope",
+                "lora",
+                "init_lora_weights",
+            )
+        return self
+
+    def unfreeze_of(self, stage: str) -> tuple[Unfreeze, str]:
+        """What a stage (`sft`, `dpo`) opens, and the JSON pointer to where the experiment says so."""
+        settings: _Stage = getattr(self, stage)
+        if settings.unfreeze is not None:
+            return settings.unfreeze, f"/{stage}/unfreeze"
+        return self.scope.unfreeze, "/scope/unfreeze"

@@ -61,7 +61,18 @@ OTHER_NAMES = {
     "wandb_project": "tracking.wandb.project",
 }
 """Names of other tools, or of earlier versions of the same, for our key or its whole path."""
+_TOKENS = (
+    "adding tokens or resizing the embeddings is not supported, since policy and reference would share the new rows: "
+    "use tokens that the tokenizer has"
+)
 _NOTES = {
+    "add_tokens": _TOKENS,
+    "added_tokens": _TOKENS,
+    "new_tokens": _TOKENS,
+    "special_tokens": _TOKENS,
+    "additional_special_tokens": _TOKENS,
+    "resize_token_embeddings": _TOKENS,
+    "trainable_token_indices": _TOKENS,
     "warmup_ratio": "use `warmup_steps`: a number below 1 is a share of all steps",
     "output_dir": "runs land in `checkpoints/`, in the folder that the top-level `name` names",
     "run_name": "the top-level `name` names the runs",

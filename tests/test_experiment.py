@@ -91,6 +91,27 @@ def test_a_stage_without_held_out_rows_is_not_evaluated() -> None:
             ("options", "f_divergence_type"),
         ),
         ({"dpo": {"loss_type": ["sigmoid", "aot"], "options": {"use_weighting": True}}}, ("options", "use_weighting")),
+        ({"dpo": {"loss_type": ["sft", "sigmoid", "sft"]}}, ("loss_type",)),
+        ({"dpo": {"loss_type": ["sft", "sigmoid"], "loss_weights": [0, 0.0]}}, ("loss_weights",)),
+        ({"dpo": {"options": {"discopop_tau": 0.1}}}, ("options", "discopop_tau")),
+        ({"dpo": {"options": {"f_alpha_divergence_coef": 0.3}}}, ("options", "f_alpha_divergence_coef")),
+        ({"dpo": {"adapter": "frozen"}}, ("dpo", "adapter")),
+        ({"dpo": {"adapter": "new"}, "scope": {"lora": None}}, ("dpo", "adapter")),
+        ({"dpo": {"adapter": "new"}, "scope": {"lora": {"use_dora": True}}}, ("scope", "lora", "use_dora")),
+        ({"dpo": {"adapter": "new"}, "scope": {"lora": {"bias": "all"}}}, ("scope", "lora", "bias")),
+        ({"scope": {"lora": None}, "data": {"demonstrations": {"train": "a"}}}, ("scope", "lora")),
+        (
+            {"scope": {"lora": {"bias": "all"}}, "sft": {"unfreeze": {"final_norm": True}}},
+            ("scope", "lora", "bias"),
+        ),
+        ({"scope": {"lora": {"init_lora_weights": "eva"}}}, ("init_lora_weights",)),
+        ({"scope": {"lora": {"init_lora_weights": "loftq"}}}, ("init_lora_weights",)),
+        ({"scope": {"lora": {"init_lora_weights": "orthogonal", "r": 3}}}, ("r",)),
+        ({"scope": {"lora": {"init_lora_weights": "pissa", "use_dora": True}}}, ("use_dora",)),
+        (
+            {"scope": {"lora": {"init_lora_weights": "olora"}}, "model": {"quantize": "nf4"}},
+            ("scope", "lora", "init_lora_weights"),
+        ),
     ],
 )
 def test_conflicts_name_the_key(sections: dict[str, Any], at: tuple[str, ...]) -> None:
@@ -107,7 +128,28 @@ def test_what_those_conflicts_must_let_through() -> None:
     experiment(dpo={"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.2]})
     experiment(dpo={"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1})
     experiment(dpo={"loss_type": "exo_pair", "label_smoothing": 0.001})
+    experiment(dpo={"loss_type": "discopop", "options": {"discopop_tau": 0.1, "ld_alpha": 0.5}})
+    experiment(dpo={"adapter": "frozen"}, scope={"unfreeze": {"lm_head": True}})
+    experiment(dpo={"adapter": "new", "unfreeze": {"last_blocks": 2}})
+    experiment(scope={"lora": None, "unfreeze": {"last_blocks": 2}}, data={"demonstrations": {"train": "a"}})
+    experiment(scope={"lora": {"init_lora_weights": "pissa_niter_16", "bias": "lora_only"}})
     experiment(dpo={"loss_type": "ipo", "options": {"f_divergence_type": "js_divergence", "use_weighting": True}})
+
+
+def test_what_is_out_of_range_or_unknown_says_what_is_meant() -> None:
+    for options in ({"discopop_tau": 0}, {"ld_alpha": 1.5}, {"ld_alpha": -0.1}):
+        loss = "discopop" if "discopop_tau" in options else "sigmoid"
+        assert errors(dpo={"loss_type": loss, "options": options}) == [("out-of-range", "dpo")]
+    with pytest.raises(ValidationError) as caught:
+        experiment(scope={"lora": {"init_lora_weights": "pisa"}})
+    (error,) = caught.value.errors()
+    assert (error["type"], error["ctx"]["mend"]) == ("unknown-value", "did you mean `pissa`?")
+
+
+def test_what_a_stage_opens_and_where_that_stands() -> None:
+    made = experiment(scope={"unfreeze": {"lm_head": True}}, dpo={"unfreeze": {"last_blocks": 1}})
+    assert (made.unfreeze_of("sft")[0].lm_head, made.unfreeze_of("sft")[1]) == (True, "/scope/unfreeze")
+    assert (made.unfreeze_of("dpo")[0].last_blocks, made.unfreeze_of("dpo")[1]) == (1, "/dpo/unfreeze")
 
 
 def test_a_check_has_one_pattern_that_compiles() -> None:

@@ -285,6 +285,11 @@ def test_other_names_lead_to_keys_that_exist() -> None:
         assert other not in leaves - {"batch_size"}, f"{other} is a key of ours"
 
 
+def test_added_tokens_are_refused_with_the_reason() -> None:
+    for key in ("add_tokens", "additional_special_tokens", "resize_token_embeddings"):
+        assert mend_for(["tokenizer"], key).startswith("adding tokens or resizing the embeddings is not supported")
+
+
 def test_an_unknown_key_is_placed_at_the_key(read: Read) -> None:
     found = problem(read, "name: x\ndpo:\n  bata: 0.1\n")
     assert str(found) == (f"{found.file}:3 /dpo/bata: unknown key `bata` [unknown-key]\n  did you mean `beta`?")
@@ -459,7 +464,7 @@ def experiments(draw: st.DrawFn) -> Experiment:
                 "lora": {
                     "target_modules": draw(st.just("qv") | st.lists(_TEXT | _WORDS, min_size=1, max_size=3)),
                     "lora_dropout": draw(st.floats(0, 1, exclude_max=True)),
-                    "init_lora_weights": draw(st.booleans() | _TEXT | _WORDS),
+                    "init_lora_weights": draw(st.booleans() | st.sampled_from(["gaussian", "pissa_niter_16"])),
                 }
             },
             "sft": {
@@ -471,7 +476,7 @@ def experiments(draw: st.DrawFn) -> Experiment:
             },
             "dpo": {
                 "beta": draw(positive),
-                "loss_weights": draw(st.none() | st.tuples(st.floats(-9, 9)).map(list)),
+                "loss_weights": draw(st.none() | st.tuples(st.floats(0.5, 9)).map(list)),
             },
             "evaluation": {
                 "match": draw(st.lists(_TEXT | _WORDS, max_size=3)),

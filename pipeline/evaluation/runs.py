@@ -35,7 +35,8 @@ from pipeline.model.adapter import adapter_sha256, attached, require_adapter
 from pipeline.model.base import load_base
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
-from pipeline.runs.run import Run, find_run
+from pipeline.runs.run import Run
+from pipeline.training.start import find_adapter
 
 BASE = "base"
 
@@ -189,7 +190,7 @@ def _candidate(name: str, run: Run | Path, model: Any, base: Policy, root: Path)
     own = experiment_of(run)
     if run.stage == "sft":
         return Candidate(name, _policy(model, run.adapter), base, own.dpo.beta)
-    parent = find_run(root, str(run.manifest["parent"]))
+    _, parent = find_adapter(root, str(run.manifest["parent"]))
     start = parent.adapter if isinstance(parent, Run) else parent
     return Candidate(name, _policy(model, run.adapter), _policy(model, start), own.dpo.beta)
 

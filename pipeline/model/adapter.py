@@ -1,39 +1,73 @@
-"""Adapters on a base: opening the SFT adapter for DPO, attaching finished ones for a while, saving.
-
-The usual partial unfreezing shares the opened blocks between policy and reference, and the reference moves with the
-policy. Here opened modules go through PEFT's `modules_to_save`: each adapter, TRL's reference among them, gets its
-own copy. LoRA and an opened block do not overlap, so the SFT adapter's LoRA on those blocks is first folded into
-the block's weights (W + alpha/r * B A, Hu et al. 2021, section 4.1), which both copies then start from.
-"""
+"""Adapters on the disk and on a base: what a folder holds, attaching it for a while, saving a policy as one."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeline.errors import PipelineError
-from pipeline.experiment import Unfreeze
-from pipeline.model.anatomy import anatomy_of
-from pipeline.model.scope import hold_in_float32, opened_modules
-from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.model.fixed_lora import factors_of, fixed_loras
+from pipeline.model.precision import dequantize, is_quantized
+from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_json
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base."""
-_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of LoRA that take the adapter's part out of the base's own weights."""
+FIXED_BIAS = "sft_bias"
+"""The attribute of a policy that says which of the base's biases its SFT adapter holds: `all` or `lora_only`."""
+_NO_MATTER = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_dropout",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+"""Keys of an adapter's configuration that change nothing of what it computes, or how it is loaded."""
 
 
 def adapter_sha256(folder: Path) -> str:
     """SHA-256 of the adapter's weights file."""
     with (folder / ADAPTER_WEIGHTS).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def adapter_config_sha256(folder: Path) -> str:
+    """SHA-256 of what the adapter's configuration says of its function, such as `lora_alpha` and `target_modules`.
+
+    In canonical JSON: keys and lists sorted, since PEFT writes its sets in any order; keys that only name where the
+    adapter comes from are left out.
+
+    Raises:
+        PipelineError: the configuration cannot be read.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        matters = {
+            key: sorted(value, key=str) if isinstance(value, list) else value
+            for key, value in config.items()
+            if key not in _NO_MATTER
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(file, error) from error
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """What `run.json` keeps of an adapter: `sha256` of its weights, `config_sha256` of what decides their use."""
+    return {"sha256": adapter_sha256(folder), "config_sha256": adapter_config_sha256(folder)}
 
 
 def require_adapter(folder: Path) -> Path:
@@ -52,85 +86,6 @@ def require_adapter(folder: Path) -> Path:
     return folder
 
 
-def open_policy(base: Any, folder: Path, unfreeze: Unfreeze) -> Any:
-    """The SFT adapter on `base` as trainable policy (PEFT's adapter `default`), with more weights opened if asked.
-
-    What the policy computes is what the SFT model computes, up to the rounding of the fold.
-
-    Args:
-        base: the Transformers model; it is changed in place.
-        folder: the SFT adapter: one of ours or a LoRA adapter that PEFT saved.
-        unfreeze: what DPO opens.
-
-    Raises:
-        PipelineError: the folder holds no LoRA adapter, or one that changes the base itself or reaches beyond its
-            blocks; it does not fit the base; or it carries opened modules that DPO would not open.
-    """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    config = _config_of(folder)
-    if type(config) is not LoraConfig or config.task_type not in (None, "CAUSAL_LM"):
-        what = type(config).__name__ + (f" for {config.task_type}" if config.task_type else "")
-        raise _unsupported(f"{folder} holds a {what}, and DPO is stacked on a LoraConfig for CAUSAL_LM")
-    changes = _changes_of_base(base, config, folder)
-    if changes:
-        raise _unsupported(
-            f"the SFT adapter changes weights of the base, which policy and reference share: {_some(changes)}"
-        )
-    anatomy = anatomy_of(base)
-    opened = opened_modules(anatomy, unfreeze)
-    carried = _carried(base, config)
-    left_shut = [name for name in carried if not _within(name, opened)]
-    if left_shut:
-        raise PipelineError(
-            f"the SFT adapter carries trained {_some(left_shut)}, which DPO would not open",
-            code="conflict",
-            file=folder,
-            pointer="/dpo/unfreeze",
-            mend="open in `dpo.unfreeze` at least what SFT opened",
-        )
-    hold_in_float32(base, opened)
-    policy = _load(base, folder, is_trainable=True)
-    with_lora = [name.removeprefix(_PREFIX) for name, module in policy.named_modules() if hasattr(module, "lora_A")]
-    outside = [name for name in with_lora if not _within(name, anatomy.blocks)]
-    if outside:
-        raise _unsupported(f"the SFT adapter has LoRA outside the model's blocks: {_some(outside)}")
-    if set(opened) == set(carried):
-        return policy
-
-    kept = [
-        index
-        for index, block in enumerate(anatomy.blocks)
-        if block not in opened and any(_within(name, [block]) for name in with_lora)
-    ]
-    if not kept:
-        raise PipelineError(
-            "DPO opens every block that carries the SFT adapter's LoRA, so no adapter would be left",
-            code="conflict",
-            pointer="/dpo/unfreeze/last_blocks",
-            mend="open fewer blocks",
-        )
-    weights = {
-        name: weight.clone()
-        for name, weight in get_peft_model_state_dict(policy, save_embedding_layers=False).items()
-        if not _within(name.removeprefix(_PREFIX), opened)
-    }
-    for name in opened:
-        for module in policy.get_submodule(_PREFIX + name).modules():
-            if hasattr(module, "lora_A"):
-                module.merge(safe_merge=True, adapter_names=["default"])
-    folded = policy.unload()
-    if not isinstance(config.target_modules, str):  # PEFT takes no layers beside a pattern; opened modules are left out
-        config.layers_to_transform = kept
-    config.modules_to_save = opened
-    config.inference_mode = False
-    stacked = get_peft_model(folded, config)
-    state = get_peft_model_state_dict(stacked, save_embedding_layers=False)
-    assert set(weights) <= set(state), "LoRA below the opened blocks is the SFT adapter's, key for key"
-    set_peft_model_state_dict(stacked, state | weights)
-    return stacked
-
-
 @contextmanager
 def attached(base: nn.Module, folder: Path) -> Iterator[Any]:
     """The adapter in `folder` on `base`, for reading; `base` is afterwards as it was, module for module.
@@ -144,10 +99,10 @@ def attached(base: nn.Module, folder: Path) -> Iterator[Any]:
     structure = [(module, module.training, dict(module._modules)) for module in base.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     known = set(vars(base))
-    changes = _changes_of_base(base, _config_of(folder), folder)
+    changes = changes_of_base(base, read_config(folder), folder)
     values = [(parameter, parameter.data.clone()) for parameter in base.parameters()] if changes else []
     try:
-        model = _load(base, folder, is_trainable=False)
+        model = load_adapter(base, folder, is_trainable=False)
         model.eval()
         yield model
     finally:
@@ -164,12 +119,71 @@ def attached(base: nn.Module, folder: Path) -> Iterator[Any]:
 
 
 def save_adapter(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it."""
+    """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it.
+
+    What the policy has beside PEFT's adapter is written into it, so that stock PEFT opens the whole of it on the base
+    alone: a fixed LoRA by concatenation, biases that SFT trained as what `bias` stands for.
+    """
     policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    fixed = fixed_loras(policy)
+    bias = getattr(policy, FIXED_BIAS, None)
+    if fixed or bias is not None:
+        _complete(policy, folder, fixed, bias)
     tokenizer.save_pretrained(folder)
 
 
-def _config_of(folder: Path) -> Any:
+def _complete(policy: Any, folder: Path, fixed: dict[str, Any], bias: str | None) -> None:
+    """Rewrites what stock PEFT saved: LoRA and fixed LoRA of a layer become one of the sum of their ranks.
+
+    B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Their scalings are multiplied into B, and alpha equals r, so that PEFT scales
+    by one.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights_file, config_file = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
+    state = load_file(weights_file)
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if fixed:
+        loras = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+        parts = {name: [factors_of(module)] for name, module in loras.items() if "default" in module.lora_A}
+        for name, module in fixed.items():
+            parts.setdefault(name.removesuffix(".base_layer"), []).append((module.down.data, module.up.data))
+        ranks = {}
+        for name, factors in parts.items():
+            down, up = torch.cat([down for down, _ in factors]), torch.cat([up for _, up in factors], dim=1)
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.cpu(), up.cpu().contiguous()
+            ranks[name.removeprefix(PREFIX)] = len(down)
+        rank = max(ranks.values())
+        others = {name: own for name, own in ranks.items() if own != rank}
+        config |= {
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "use_rslora": False,
+            "init_lora_weights": True,
+            "target_modules": sorted(ranks),
+            "layers_to_transform": None,
+        }
+    if bias is not None:
+        config["bias"] = bias
+        state |= {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in policy.named_parameters()
+            if name.endswith(".base_layer.bias" if bias == "lora_only" else "bias")
+            and ".modules_to_save." not in name
+            and ".original_module." not in name
+        }
+    save_file(state, weights_file, metadata={"format": "pt"})
+    write_json(config_file, config)
+
+
+def read_config(folder: Path) -> Any:
+    """PEFT's configuration of the adapter in `folder`.
+
+    Raises:
+        PipelineError: there is none, or it cannot be read.
+    """
     from peft import PeftConfig
 
     require_adapter(folder)
@@ -179,25 +193,36 @@ def _config_of(folder: Path) -> Any:
         raise _damaged(folder / ADAPTER_CONFIG, error) from error
 
 
-def _changes_of_base(base: nn.Module, config: Any, folder: Path) -> list[str]:
-    """What of an adapter PEFT writes into the base's own weights, where every adapter on it meets it."""
+def changes_of_base(base: nn.Module, config: Any, folder: Path) -> list[str]:
+    """What of an adapter PEFT writes into the base's own weights, where every adapter on it meets it.
+
+    Raises:
+        PipelineError: the weights cannot be read.
+    """
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-            keys = [key.removeprefix(_PREFIX) for key in weights.keys()]  # noqa: SIM118 - it is no mapping
+            keys = [key.removeprefix(PREFIX) for key in weights.keys()]  # noqa: SIM118 - it is no mapping
     except SafetensorError as error:
         raise _damaged(folder / ADAPTER_WEIGHTS, error) from error
-    carried = _carried(base, config)
+    carried = carried_modules(base, config)
     # Trained biases, and embeddings that were saved with the adapter.
-    changes = [key for key in keys if "lora_" not in key and not _within(key, carried)]
+    changes = [key for key in keys if "lora_" not in key and not within(key, carried)]
     initialisation = str(getattr(config, "init_lora_weights", ""))
-    if initialisation.lower().startswith(_REWRITING):
+    if initialisation.lower().startswith(REWRITING):
         changes.append(f"what `init_lora_weights: {initialisation}` changes")
     return changes
 
 
-def _load(base: Any, folder: Path, *, is_trainable: bool) -> Any:
+def load_adapter(base: Any, folder: Path, *, is_trainable: bool) -> Any:
+    """The adapter in `folder` on `base`, as stock PEFT opens it.
+
+    Raises:
+        PipelineError: it does not fit the base.
+    """
     from peft import PeftModel
 
+    if is_quantized(base):  # PEFT would load the whole weights of an opened block into packed ones
+        dequantize(base, carried_modules(base, read_config(folder)))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
@@ -207,9 +232,9 @@ def _load(base: Any, folder: Path, *, is_trainable: bool) -> Any:
     except (RuntimeError, ValueError, KeyError) as error:
         raise _misfit(folder, " ".join(str(error).split())[:300]) from error
     if result.unexpected_keys:
-        raise _misfit(folder, f"it holds weights for {_some(result.unexpected_keys)}, which the base has not")
+        raise _misfit(folder, f"it holds weights for {some(result.unexpected_keys)}, which the base has not")
     if result.missing_keys:
-        raise _misfit(folder, f"it holds no weights for {_some(result.missing_keys)}")
+        raise _misfit(folder, f"it holds no weights for {some(result.missing_keys)}")
     return model
 
 
@@ -230,22 +255,17 @@ def _damaged(file: Path, error: Exception) -> PipelineError:
     )
 
 
-def _unsupported(cause: str) -> PipelineError:
-    return PipelineError(
-        cause, code="unsupported-adapter", mend="start from a plain LoRA adapter on the model's blocks (`bias: none`)"
-    )
-
-
-def _carried(base: nn.Module, config: Any) -> list[str]:
+def carried_modules(base: nn.Module, config: Any) -> list[str]:
     """Full names of the modules that PEFT wraps for `modules_to_save`: all whose names end so, at a dot or not."""
     suffixes = tuple(getattr(config, "modules_to_save", None) or ())
     return [name for name, _ in base.named_modules() if name.endswith(suffixes)]
 
 
-def _within(name: str, modules: Iterable[str]) -> bool:
+def within(name: str, modules: Iterable[str]) -> bool:
     """Whether `name` is one of `modules` or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of the names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

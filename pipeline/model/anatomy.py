@@ -51,11 +51,15 @@ def anatomy_of(model: Any) -> Anatomy:
             mend="use `layers: all`, open no blocks, and report the architecture",
         )
     parent, blocks = owner
-    siblings = list(parent.children())
+    siblings = list(parent.named_children())
+    after = [sibling for _, sibling in siblings].index(blocks) + 1
     norms = [
         sibling
-        for sibling in siblings[siblings.index(blocks) + 1 :]
-        if "norm" in type(sibling).__name__.lower() and any(True for _ in sibling.parameters())
+        for at, (name, sibling) in enumerate(siblings)
+        # OPT registers its final norm before its blocks, where BLOOM has the norm of its embeddings: a name decides.
+        if (at >= after or "final" in name)
+        and "norm" in type(sibling).__name__.lower()
+        and any(True for _ in sibling.parameters())
     ]
     head = model.get_output_embeddings()
     embeddings = model.get_input_embeddings()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,6 +298,14 @@ def load_tokenizer(files: BaseFiles, model: Model, chat_template: str | None) ->
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of what turns text into ids (vocabulary, merges, normaliser, …), without padding, cutting and template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def template_sha256(tokenizer: Any) -> str | None:

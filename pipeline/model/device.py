@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ def place(device: str, dtype: str) -> Placement:
             pointer="/model/device",
             mend=f"use `model.device: auto`, or install a torch build that supports {kind.upper()}",
         )
-    chosen = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    chosen = torch.device(kind, _own_gpu()) if kind == "cuda" else torch.device(kind)
     if dtype == "auto":
         native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return Placement(chosen, torch.bfloat16 if native else torch.float32)
@@ -79,3 +80,18 @@ def give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _own_gpu() -> int:
+    """The GPU of this process: launchers such as torchrun number theirs in `LOCAL_RANK`."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return torch.cuda.current_device()
+    if int(rank) >= torch.cuda.device_count():
+        raise PipelineError(
+            f"this is process {rank} of its launcher, and the machine has {torch.cuda.device_count()} GPUs",
+            code="no-such-device",
+            pointer="/model/device",
+            mend="start as many processes as there are GPUs",
+        )
+    return int(rank)

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipeline.errors import PipelineError
@@ -22,12 +21,23 @@ from pipeline.experiment import Lora, Unfreeze
 from pipeline.model.anatomy import Anatomy, anatomy_of, linear_layers
 
 _ATTENTION = {"qv": ("q_proj", "v_proj"), "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj")}
+_FUSED = {
+    "qkv_proj": "o_proj",  # Phi-3
+    "c_attn": "attn.c_proj",  # GPT-2
+    "query_key_value": "attention.dense",  # GPT-NeoX, Falcon, BLOOM
+}
+"""Layers that hold queries, keys and values in one, and the output projection that goes with each."""
 REFERENCE = "ref"
 """The name that TRL's DPOTrainer gives the frozen copy of the policy's adapter."""
 
 
-def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze) -> list[str]:
+def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze, pointer: str = "/scope/unfreeze") -> list[str]:
     """Full names of the modules that `unfreeze` opens, for PEFT's `modules_to_save`.
+
+    Args:
+        anatomy: of the model.
+        unfreeze: what is asked for.
+        pointer: where in the experiment that stands.
 
     Raises:
         PipelineError: the model has no such module, or not so many blocks.
@@ -36,7 +46,7 @@ def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze) -> list[str]:
         raise PipelineError(
             f"`last_blocks: {unfreeze.last_blocks}` opens more blocks than the model has ({len(anatomy.blocks)})",
             code="out-of-range",
-            pointer="/scope/unfreeze/last_blocks",
+            pointer=f"{pointer}/last_blocks",
             mend=f"open at most {len(anatomy.blocks)}",
         )
     opened = list(anatomy.blocks[len(anatomy.blocks) - unfreeze.last_blocks :])
@@ -48,7 +58,7 @@ def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze) -> list[str]:
             raise PipelineError(
                 f"the model has no {key.replace('_', ' ')} to open",
                 code="no-such-module",
-                pointer=f"/scope/unfreeze/{key}",
+                pointer=f"{pointer}/{key}",
                 mend=f"set `{key}: false`",
             )
         if wanted and name is not None:
@@ -56,46 +66,53 @@ def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze) -> list[str]:
     return opened
 
 
-def lora_config(model: Any, lora: Lora, unfreeze: Unfreeze, revision: str | None = None) -> Any:
+def lora_config(
+    model: Any, lora: Lora | None, unfreeze: Unfreeze, revision: str | None = None, *, pointer: str = "/scope/unfreeze"
+) -> Any:
     """PEFT's LoraConfig for this model: LoRA on the blocks that are not opened, opened modules saved whole.
 
     Args:
         model: the base, before any adapter.
-        lora: the adapter.
+        lora: the adapter; None: opened weights alone, in an adapter that has no LoRA.
         unfreeze: what is opened beside it.
         revision: commit of a hub model, kept in the adapter's configuration.
+        pointer: where `unfreeze` stands in the experiment.
 
     Raises:
-        PipelineError: an entry of `target_modules` or `layers` matches nothing.
+        PipelineError: an entry of `target_modules` or `layers` matches nothing, or nothing is left to train.
     """
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     anatomy = anatomy_of(model)
-    opened = opened_modules(anatomy, unfreeze)
+    opened = opened_modules(anatomy, unfreeze, pointer)
+    given: dict[str, Any] = {"task_type": "CAUSAL_LM", "modules_to_save": opened or None, "revision": revision}
+    if lora is None:
+        return LoraConfig(**given, target_modules=DUMMY_TARGET_MODULES)
     layers = [index for index in _layers(anatomy, lora) if anatomy.blocks[index] not in opened]
     if not layers:
         raise PipelineError(
             "every block with LoRA is opened whole as well, so the adapter has no layer left",
             code="conflict",
             pointer="/scope/lora/layers",
-            mend="open fewer blocks, or put LoRA on more layers",
+            mend="open fewer blocks, put LoRA on more layers, or set `scope.lora: null` to train opened weights alone",
         )
-    targets = _targets(model, anatomy, lora, layers)
+    targets, exact = _targets(model, anatomy, lora, layers)
+    given |= {
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "bias": lora.bias,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "init_lora_weights": lora.init_lora_weights,
+    }
     everywhere = len(layers) == len(anatomy.blocks)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        bias=lora.bias,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,
-        target_modules=targets,
-        layers_to_transform=None if everywhere else layers,
-        modules_to_save=opened or None,
-        revision=revision,
-    )
+    config = LoraConfig(**given, target_modules=targets, layers_to_transform=None if everywhere else layers)
+    if _matched(model, config) != set(exact):
+        # Another part of the model has layers of these names, such as a vision tower: then each is named in full.
+        config = LoraConfig(**given, target_modules=sorted(exact))
+    return config
 
 
 def _layers(anatomy: Anatomy, lora: Lora) -> list[int]:
@@ -110,22 +127,40 @@ def _layers(anatomy: Anatomy, lora: Lora) -> list[int]:
             f"the model has blocks 0 to {depth - 1}, and `layers` names {outside[0]}",
             code="out-of-range",
             pointer="/scope/lora/layers",
-            mend=f"name blocks from 0 to {depth - 1}",
+            mend=f"name blocks from 0 to {depth - 1}; did you mean {depth - 1}?",
         )
     return sorted(set(lora.layers))
 
 
-def _targets(model: Any, anatomy: Anatomy, lora: Lora, layers: list[int]) -> list[str]:
+def _targets(model: Any, anatomy: Anatomy, lora: Lora, layers: list[int]) -> tuple[list[str], list[str]]:
+    """The entries for PEFT's `target_modules`, and the full names of the layers that they mean."""
     # The blocks may differ (hybrid and MoE models), so names are gathered over all of them.
-    names = {name for index in layers for name in linear_layers(model, anatomy.blocks[index])}
+    inside = {anatomy.blocks[index]: linear_layers(model, anatomy.blocks[index]) for index in layers}
+    names = {name for found in inside.values() for name in found}
     leaves = sorted({name.rpartition(".")[2] for name in names})
-    if lora.target_modules == "all-linear":
-        return leaves
-    wanted = _ATTENTION[lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    wanted = leaves if lora.target_modules == "all-linear" else _wanted(lora, names, leaves)
+    exact = [f"{block}.{name}" for block, found in inside.items() for name in found if _named(name, wanted)]
+    return wanted, exact
+
+
+def _wanted(lora: Lora, names: set[str], leaves: list[str]) -> list[str]:
+    if isinstance(lora.target_modules, str):
+        wanted: list[str] = list(_ATTENTION[lora.target_modules])
+        fused = [name for name in leaves if name in _FUSED]
+        if fused and not any(_named(name, wanted[:1]) for name in names):
+            wanted = [fused[0], _FUSED[fused[0]]]
+            if lora.target_modules == "qv":
+                raise PipelineError(
+                    f"queries, keys and values are one layer of this model, `{fused[0]}`, so `qv` has no keys to spare",
+                    code="no-such-module",
+                    pointer="/scope/lora/target_modules",
+                    mend=f"list `[{fused[0]}]`; or use `qkvo`, which takes {' and '.join(wanted)}",
+                )
+    else:
+        wanted = lora.target_modules
     for entry in wanted:
-        if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            typed = isinstance(lora.target_modules, list)
-            near = difflib.get_close_matches(entry, leaves, n=1) if typed else []
+        if not any(_named(name, [entry]) for name in names):
+            near = difflib.get_close_matches(entry, leaves, n=1) if isinstance(lora.target_modules, list) else []
             hint = f"did you mean `{near[0]}`? " if near else ""
             raise PipelineError(
                 f"no linear layer of the model is called `{entry}`",
@@ -136,30 +171,16 @@ def _targets(model: Any, anatomy: Anatomy, lora: Lora, layers: list[int]) -> lis
     return sorted(set(wanted))
 
 
-def hold_in_float32(model: nn.Module, names: Iterable[str]) -> None:
-    """Casts modules to float32 in place, before PEFT copies them.
-
-    A step of 5e-6 is lost in bfloat16's eight bits of mantissa; PEFT raises LoRA weights to float32 by itself, but
-    not `modules_to_save`.
-
-    Raises:
-        PipelineError: a module holds quantised weights, which have no gradient.
-    """
-    for name in names:
-        module = model.get_submodule(name)
-        if not all(parameter.is_floating_point() for parameter in module.parameters()):
-            raise quantized_is_frozen(name)
-        module.to(torch.float32)
+def _named(name: str, entries: list[str]) -> bool:
+    """Whether PEFT takes `name` for one of `entries`: it is one, or ends in one behind a dot."""
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def quantized_is_frozen(name: str) -> PipelineError:
-    """What is said of a module that is to be opened and holds quantised weights."""
-    return PipelineError(
-        f"{name} holds quantised weights, which cannot be trained",
-        code="conflict",
-        pointer="/model/quantize",
-        mend="set `quantize: none`, or open no blocks (`last_blocks: 0`)",
-    )
+def _matched(model: nn.Module, config: Any) -> set[str]:
+    """Full names of the modules that PEFT would put LoRA on."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name) is True}
 
 
 @dataclass(frozen=True)
@@ -175,6 +196,9 @@ class Trainable:
     """Trainable modules by kind, counted: `lora layers.*.self_attn.q_proj` -> 30."""
     unties_head: bool
     """Whether a head that was tied to the embeddings is opened, and so becomes a matrix of its own."""
+    beyond_lora: dict[str, int]
+    """Tensors of the blocks that no LoRA reaches since no linear layer holds them, counted by kind: the experts of a
+    mixture that are one tensor (`layers.*.mlp.experts.down_proj`), convolutions of linear attention."""
 
     @property
     def percent(self) -> float:
@@ -189,6 +213,7 @@ class Trainable:
             "trainable_percent": round(self.percent, 4),
             "groups": self.groups,
             "modules": self.modules,
+            **({"beyond_lora": self.beyond_lora} if self.beyond_lora else {}),
         }
 
 
@@ -205,6 +230,7 @@ def trainable_of(model: Any) -> Trainable:
     """
     groups: Counter[str] = Counter()
     trained: set[str] = set()
+    beyond: list[str] = []
     total = 0
     for name, parameter in model.named_parameters():
         if f".{REFERENCE}." in name or ".original_module." in name:
@@ -213,7 +239,9 @@ def trainable_of(model: Any) -> Trainable:
         if parameter.requires_grad:
             groups["opened" if is_opened(name) else "adapter"] += parameter.numel()
             trained.add(_trained_module(name))
-    modules = Counter(re.sub(r"\.\d+\.", ".*.", f"{module}.").rstrip(".") for module in trained)
+        elif parameter.ndim > 2:
+            beyond.append(_bare(name))
+    modules = _by_kind(trained)
     trainable = sum(groups.values())
     if trainable == 0:
         raise PipelineError(
@@ -230,7 +258,14 @@ def trainable_of(model: Any) -> Trainable:
             mend="the base must be frozen: load it without an adapter that opens it",
         )
     unties_head = hasattr(model.get_output_embeddings(), "modules_to_save") and model.config.tie_word_embeddings
-    return Trainable(trainable, total, dict(groups), dict(sorted(modules.items())), unties_head)
+    in_blocks = {kind: count for kind, count in _by_kind(beyond).items() if ".*." in kind and groups["adapter"]}
+    return Trainable(trainable, total, dict(groups), modules, unties_head, in_blocks)
+
+
+def _by_kind(names: Iterable[str]) -> dict[str, int]:
+    """How many of the names are alike but for the numbers in them: `layers.*.mlp` -> 30."""
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", f"{name}.").rstrip(".") for name in names)
+    return dict(sorted(kinds.items()))
 
 
 def _weights_in(parameter: nn.Parameter) -> int:

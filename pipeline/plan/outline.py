@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from pipeline.errors import PipelineError
-from pipeline.experiment import Experiment, Model, Unfreeze
+from pipeline.experiment import Experiment, Model
+from pipeline.model.adapter import within
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.base import _HUB_FILES, BaseFiles, _unloadable, find_base
 from pipeline.model.builtin import PREFIX
-from pipeline.model.scope import REFERENCE, hold_in_float32, lora_config, opened_modules, quantized_is_frozen
+from pipeline.model.policy import new_policy, stack
+from pipeline.model.scope import REFERENCE, lora_config, opened_modules
 from pipeline.runs.run import Stage
 
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -78,28 +80,27 @@ def outline(files: BaseFiles, experiment: Experiment, stage: Stage, dtype: torch
         base = _base(files, experiment.model, dtype)
         four_bits = _linear_weights(base) if experiment.model.quantize == "nf4" else {}
         if stage == "dpo" and experiment.data.demonstrations is not None:
-            _require_opened_again(base, unfreeze_of(experiment, "sft"), unfreeze_of(experiment, "dpo"))
-        config = lora_config(base, experiment.scope.lora, unfreeze_of(experiment, stage), files.revision)
-        opened = config.modules_to_save or []
-        for name in opened:
-            if any(weight.startswith(f"{name}.") for weight in four_bits):
-                raise quantized_is_frozen(name)
-        hold_in_float32(base, opened)
-        policy = _with_adapter(base, config)
+            _require_opened_again(base, experiment)
+        policy, opened = _policy(base, experiment, stage, files.revision)
         if stage == "dpo":
-            policy.add_adapter(REFERENCE, config)
-    if four_bits:
-        # What TRL does to the trainable weights on a quantised base.
-        for name, parameter in policy.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return Outline(policy.train(), frozenset(id(weight) for weight in four_bits.values()))
+            policy.add_adapter(REFERENCE, policy.peft_config["default"])
+    packed = [weight for name, weight in four_bits.items() if not within(name, opened)]
+    return Outline(policy.train(), frozenset(id(weight) for weight in packed))
 
 
-def unfreeze_of(experiment: Experiment, stage: Stage) -> Unfreeze:
-    """What a stage opens: its own `unfreeze`, or else the scope's."""
-    settings = experiment.sft if stage == "sft" else experiment.dpo
-    return settings.unfreeze or experiment.scope.unfreeze
+def _policy(base: Any, experiment: Experiment, stage: Stage, revision: str | None) -> tuple[Any, list[str]]:
+    """The PEFT model that `stage` trains, and the modules that it opens."""
+    lora, adapter = experiment.scope.lora, experiment.dpo.adapter
+    unfreeze, pointer = experiment.unfreeze_of(stage)
+    if stage == "dpo" and adapter != "continue":
+        opened = opened_modules(anatomy_of(base), unfreeze, pointer)
+        before, where = experiment.unfreeze_of("sft")
+        sft = new_policy(base, lora_config(base, lora, before, revision, pointer=where))
+        return stack(sft, opened, unfreeze, adapter=adapter, lora=lora, pointer=pointer), opened
+    config = lora_config(base, lora, unfreeze, revision, pointer=pointer)
+    if stage == "dpo":
+        config.bias = "none"  # the biases that SFT trained hold still
+    return new_policy(base, config), config.modules_to_save or []
 
 
 def _base(files: BaseFiles, model: Model, dtype: torch.dtype) -> Any:
@@ -133,29 +134,16 @@ def _linear_weights(base: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _with_adapter(base: Any, config: Any) -> Any:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(base, config)
-    except ValueError as error:  # layers that LoRA cannot go on, or an initialisation that needs more than a name
-        raise PipelineError(
-            f"PEFT refuses this adapter on {type(base).__name__}: {' '.join(str(error).split())[:300]}",
-            code="unsupported-scope",
-            pointer="/scope/lora",
-            mend="list other `target_modules`, or change what the message names",
-        ) from error
-
-
-def _require_opened_again(base: Any, sft: Unfreeze, dpo: Unfreeze) -> None:
+def _require_opened_again(base: Any, experiment: Experiment) -> None:
     """DPO opens at least what SFT opened, as `open_policy` demands of the adapter that SFT leaves.
 
     Raises:
         PipelineError: it does not.
     """
     anatomy = anatomy_of(base)
-    again = opened_modules(anatomy, dpo)
-    left_shut = [name for name in opened_modules(anatomy, sft) if name not in again]
+    (sft, before), (dpo, pointer) = experiment.unfreeze_of("sft"), experiment.unfreeze_of("dpo")
+    again = opened_modules(anatomy, dpo, pointer)
+    left_shut = [name for name in opened_modules(anatomy, sft, before) if name not in again]
     if left_shut:
         raise PipelineError(
             f"SFT would train {', '.join(left_shut[:3])}, which DPO would not open",

@@ -14,7 +14,7 @@ from pipeline.model.device import Placement, place
 from pipeline.model.ground import quiet_libraries
 from pipeline.model.scope import Trainable, trainable_of
 from pipeline.plan.memory import Memory, memory_of
-from pipeline.plan.outline import find_config, outline, unfreeze_of
+from pipeline.plan.outline import find_config, outline
 from pipeline.plan.rhythm import Rows, Steps, checkpoints_kept, count_rows, largest_batch, steps_of
 from pipeline.plan.speed import Speed, measured_speed
 from pipeline.plan.trace import Batch
@@ -149,7 +149,7 @@ def _plan_stage(experiment: Experiment, stage: Stage, files: BaseFiles, placemen
         stage=stage,
         trainable=trainable,
         adapter_rate=settings.learning_rate,
-        unfreeze=unfreeze_of(experiment, stage),
+        unfreeze=experiment.unfreeze_of(stage)[0],
         rows=rows,
         steps=steps,
         batch=batch,

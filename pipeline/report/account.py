@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.experiment import Dpo, Experiment, Sft, Unfreeze
+from pipeline.experiment import Dpo, Experiment, Lora, Sft, Unfreeze
 from pipeline.runs.run import Run
 
 Row = tuple[str, str]
@@ -30,20 +30,16 @@ def _asked(experiment: Experiment, stages: set[str]) -> Iterator[Row]:
     base = model.id + (f" at {model.revision}" if model.revision else "")
     held = ", held in 4 bits (NF4)" if model.quantize == "nf4" else ""
     yield "Base model", f"{base}{held}"
-    targets = lora.target_modules
-    where = _TARGETS[targets] if isinstance(targets, str) else ", ".join(targets)
-    blocks = {"all": "in all blocks", "last-half": "in the last half of the blocks"}
-    which = blocks[lora.layers] if isinstance(lora.layers, str) else "in blocks " + ", ".join(map(str, lora.layers))
-    kind = "DoRA" if lora.use_dora else "LoRA"
-    yield "Adapter", f"{kind} of rank {lora.r}, alpha {lora.lora_alpha}, on {where}, {which}"
+    yield "Adapter", "none, opened weights alone" if lora is None else _adapter(lora)
     if "sft" in stages:
         sft = experiment.sft
-        yield "SFT", f"{_rhythm(sft)}{_opened(sft.unfreeze or experiment.scope.unfreeze)}"
+        yield "SFT", f"{_rhythm(sft)}{_opened(experiment.unfreeze_of('sft')[0])}"
     if "dpo" in stages:
         dpo = experiment.dpo
         losses = dpo.loss_type if isinstance(dpo.loss_type, str) else " + ".join(dpo.loss_type)
-        opened = _opened(dpo.unfreeze or experiment.scope.unfreeze)
-        yield "DPO", f"{losses} loss, beta {dpo.beta:g}; {_rhythm(dpo)}{opened}"
+        opened = _opened(experiment.unfreeze_of("dpo")[0])
+        trains = {"continue": "", "new": " of a new adapter on the SFT adapter", "frozen": " under a frozen adapter"}
+        yield "DPO", f"{losses} loss, beta {dpo.beta:g}{trains[dpo.adapter]}; {_rhythm(dpo)}{opened}"
     asks = []
     if evaluation.output_schema is not None:
         asks.append(f"conforms to {Path(evaluation.output_schema).name}")
@@ -57,6 +53,15 @@ def _asked(experiment: Experiment, stages: set[str]) -> Iterator[Row]:
     if asks:
         yield "An answer passes if it", "; ".join(asks)
     yield "Seed", str(experiment.seed)
+
+
+def _adapter(lora: Lora) -> str:
+    targets = lora.target_modules
+    where = _TARGETS[targets] if isinstance(targets, str) else ", ".join(targets)
+    blocks = {"all": "in all blocks", "last-half": "in the last half of the blocks"}
+    which = blocks[lora.layers] if isinstance(lora.layers, str) else "in blocks " + ", ".join(map(str, lora.layers))
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    return f"{kind} of rank {lora.r}, alpha {lora.lora_alpha}, on {where}, {which}"
 
 
 def _rhythm(stage: Sft | Dpo) -> str:

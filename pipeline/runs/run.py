@@ -181,13 +181,26 @@ def find_run(root: Path, name: str) -> Run | Path:
     for candidate in (Path(name), root / name):
         if (candidate / MANIFEST).is_file():
             return read_run(candidate)
-        if (candidate / ADAPTER_CONFIG).is_file() and (candidate / ADAPTER_WEIGHTS).is_file():
-            return candidate
+        # PEFT saves an adapter that is not called `default` in a folder of its name.
+        inside = [] if _FOLDER.match(candidate.name) else candidate.glob("*/")
+        holders = [one for one in (candidate, *inside) if _holds_adapter(one)]
+        if candidate in holders or len(holders) == 1:
+            return holders[0]
+        if holders:
+            raise PipelineError(
+                f"{candidate} holds several adapters: {', '.join(sorted(one.name for one in holders))}",
+                code="no-such-run",
+                mend=f"name one of them: {holders[0]}",
+            )
     raise PipelineError(
         f"`{name}` is neither a run nor a folder with a PEFT adapter ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})",
         code="no-such-run",
         mend="`pipeline runs` lists the runs; a run can be named by its folder",
     )
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
 
 
 def require_run(found: Run | Path) -> Run:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.experiment import Dpo, Sft
 from pipeline.model.device import Placement
 
-_OWN = {"unfreeze", "options"}
+_OWN = {"adapter", "unfreeze", "options"}
 """Keys of a stage that are ours; every other one is TRL's, by name and meaning."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from transformers import set_seed
 
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
@@ -17,12 +18,13 @@ from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
-from pipeline.model.adapter import adapter_sha256, attached, open_policy, require_adapter, save_adapter
+from pipeline.model.adapter import attached, hashes_of, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
 from pipeline.model.device import give_memory_back
-from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
+from pipeline.model.ground import prepare_ground, quiet_libraries
+from pipeline.model.policy import open_policy
 from pipeline.model.scope import trainable_of
-from pipeline.runs.run import Run, find_run, newest_finished
+from pipeline.runs.run import Run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
@@ -42,6 +44,7 @@ from pipeline.training.proof import (
 from pipeline.training.stage import (
     Outcome,
     begin,
+    build_trainer,
     data_entry,
     dry_run_of,
     longest,
@@ -53,6 +56,7 @@ from pipeline.training.stage import (
     split_files,
     train,
 )
+from pipeline.training.start import find_adapter, require_same_ground
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Start:
     name: str
     """`<experiment>/sft-001`, or the folder of a foreign adapter."""
     folder: Path
-    sha256: str
+    hashes: dict[str, str]
+    """`sha256` of its weights and `config_sha256` of its configuration."""
 
 
 def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[Start, Run | None]:
@@ -71,9 +76,12 @@ def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[S
     Raises:
         PipelineError: there is none, its run did not finish, or it changed since its run.
     """
-    found = newest_finished(root, experiment.name, "sft") if start is None else find_run(root, start)
+    if start is None:
+        found: Run | Path = newest_finished(root, experiment.name, "sft")
+    else:
+        name, found = find_adapter(root, start)
     if isinstance(found, Path):
-        return Start(str(found), found, adapter_sha256(require_adapter(found))), None
+        return Start(name, found, hashes_of(require_adapter(found))), None
     if found.status != "finished":
         raise PipelineError(
             f"{found.name} is {found.status}, so it left no adapter to start from",
@@ -81,15 +89,18 @@ def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[S
             file=found.path,
             mend="name a finished run",
         )
-    sha256 = adapter_sha256(require_adapter(found.adapter))
-    if sha256 != found.manifest["adapter"]["sha256"]:
+    hashes = hashes_of(require_adapter(found.adapter))
+    changed = [name for name, value in hashes.items() if found.manifest["adapter"][name] != value]
+    if changed:
+        what = {"sha256": "weights", "config_sha256": "configuration (adapter_config.json)"}[changed[0]]
         raise PipelineError(
-            f"the adapter of {found.name} is not the one that its run wrote: its SHA-256 differs from run.json",
+            f"the adapter of {found.name} is not the one that its run wrote: the SHA-256 of its {what} differs from "
+            "run.json",
             code="adapter-changed",
             file=found.adapter,
             mend="train SFT again; or name the folder `adapter` itself with --from to take it as it is",
         )
-    return Start(found.name, found.adapter, sha256), found
+    return Start(found.name, found.adapter, hashes), found
 
 
 def run_dpo(
@@ -127,8 +138,7 @@ def run_dpo(
     }
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
-    if sft_run is not None:
-        _require_same_ground(sft_run, ground)
+    require_same_ground(origin.name, origin.folder, sft_run, ground, experiment.model.quantize, console.print)
     pairs, data, accounts, set_aside = {}, [], [], []
     for use, rows in checked.items():
         pairs[use], counted = tokenize_preferences(ground.tokenizer, rows, stage.max_length)
@@ -145,18 +155,21 @@ def run_dpo(
         datasets = {"train": longest(datasets["train"], stage, _pair_length)}
 
     base = load_base(ground.files, experiment.model, ground.placement)
-    unfreeze = stage.unfreeze or experiment.scope.unfreeze
+    unfreeze, pointer = experiment.unfreeze_of("dpo")
     reopened = _reopened(base, origin.folder, proof_pairs)
-    policy = open_policy(base, origin.folder, unfreeze)
-    named = reference_hash(ground.base_sha256, origin.sha256, template_sha256(ground.tokenizer))
+    set_seed(experiment.seed)  # a new adapter starts at random
+    policy = open_policy(
+        base, origin.folder, unfreeze, adapter=stage.adapter, lora=experiment.scope.lora, pointer=pointer
+    )
+    named = reference_hash(ground.base_sha256, origin.hashes, template_sha256(ground.tokenizer))
     manifest = manifest_of(
         experiment,
         ground,
         data,
         parent=origin.name,
-        reference={"hash": named, "adapter_sha256": origin.sha256},
+        reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
-    tolerance = tolerance_for(ground.placement.dtype)
+    tolerance = tolerance_for(ground.placement.dtype, quantize=experiment.model.quantize)
     with (
         begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
         compact_head(),
@@ -167,7 +180,8 @@ def run_dpo(
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())
-        trainer = PreferenceTrainer(
+        trainer = build_trainer(
+            PreferenceTrainer,
             model=policy,
             args=dpo_config(
                 stage,
@@ -228,7 +242,7 @@ def run_dpo(
             f"the saved adapter is the trained policy ({reference['saved']['policy']:.1e} nats apart)",
             highlight=False,
         )
-        run.end("finished", adapter={"sha256": adapter_sha256(run.adapter)}, reference=reference)
+        run.end("finished", adapter=hashes_of(run.adapter), reference=reference)
         return Outcome(run.path, run.status, metrics, trainable, {"reference": reference})
 
 
@@ -246,33 +260,3 @@ def _is_plain_sigmoid(trainer: PreferenceTrainer) -> bool:
     """Whether the loss at margin 0 is ln 2: nothing is added to the sigmoid loss, and nothing weighs it."""
     plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
     return plain and not trainer.aux_loss_enabled and not trainer.use_weighting
-
-
-def _require_same_ground(sft_run: Run, ground: Ground) -> None:
-    """The SFT run's base and chat template must be those of this stage: they are part of the reference.
-
-    Raises:
-        PipelineError: they differ.
-    """
-    for what, then, this, mend in (
-        (
-            "base weights",
-            sft_run.manifest["base"]["sha256"],
-            ground.base_sha256,
-            "use the base of the SFT run",
-        ),
-        (
-            "chat template",
-            sft_run.manifest["tokenizer"]["template_sha256"],
-            template_sha256(ground.tokenizer),
-            "use the chat template of the SFT run",
-        ),
-    ):
-        if then != this:
-            raise PipelineError(
-                f"the {what} differ from those that {sft_run.name} was trained on",
-                code="other-base",
-                file=sft_run.path,
-                pointer="/model",
-                mend=f"{mend}, or train SFT again",
-            )

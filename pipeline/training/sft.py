@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
+from transformers import set_seed
 from trl import SFTTrainer
 
 from pipeline.data.aside import write_set_aside
@@ -14,10 +15,11 @@ from pipeline.data.check import load_rows
 from pipeline.data.tokenised import label_demonstrations, require_usable
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment
-from pipeline.model.adapter import adapter_sha256, save_adapter
+from pipeline.model.adapter import hashes_of, save_adapter
 from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
-from pipeline.model.scope import hold_in_float32, lora_config, trainable_of
+from pipeline.model.policy import new_policy
+from pipeline.model.scope import lora_config, trainable_of
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.micro_batches import MicroBatches
@@ -25,6 +27,7 @@ from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.stage import (
     Outcome,
     begin,
+    build_trainer,
     data_entry,
     dry_run_of,
     longest,
@@ -93,17 +96,19 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
         datasets = {"train": longest(datasets["train"], stage, lambda row: len(row["input_ids"]))}
 
     base = load_base(ground.files, experiment.model, ground.placement)
-    unfreeze = stage.unfreeze or experiment.scope.unfreeze
-    adapter_config = lora_config(base, experiment.scope.lora, unfreeze, ground.files.revision)
-    hold_in_float32(base, adapter_config.modules_to_save or [])
+    unfreeze, pointer = experiment.unfreeze_of("sft")
+    adapter_config = lora_config(base, experiment.scope.lora, unfreeze, ground.files.revision, pointer=pointer)
+    set_seed(experiment.seed)  # the adapter starts at random
+    policy = new_policy(base, adapter_config)
     manifest = manifest_of(experiment, ground, data, parent=None)
     with (
         begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
         compact_head(),
     ):
         write_set_aside(run.path, set_aside)
-        trainer = _Trainer(
-            model=base,
+        trainer = build_trainer(
+            _Trainer,
+            model=policy,
             args=sft_config(
                 stage,
                 output=run.path / "state",
@@ -114,7 +119,6 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
             train_dataset=datasets["train"],
             eval_dataset=datasets.get("eval"),
             processing_class=ground.tokenizer,
-            peft_config=adapter_config,
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
         trainer.say = console.print
@@ -128,5 +132,5 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
         save_adapter(trainer.model, ground.tokenizer, run.adapter)
-        run.end("finished", adapter={"sha256": adapter_sha256(run.adapter)})
+        run.end("finished", adapter=hashes_of(run.adapter))
         return Outcome(run.path, run.status, metrics, trainable)

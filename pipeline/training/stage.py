@@ -22,9 +22,10 @@ from pipeline.data.tokenised import Counted
 from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment
-from pipeline.model.base import template_sha256
+from pipeline.model.base import template_sha256, tokenizer_sha256
 from pipeline.model.device import Placement, is_out_of_memory
 from pipeline.model.ground import Ground, Say
+from pipeline.model.precision import as_it_trains
 from pipeline.model.scope import Trainable, is_opened
 from pipeline.runs.provenance import provenance
 from pipeline.runs.run import Run, Stage, create_run
@@ -59,7 +60,10 @@ def manifest_of(experiment: Experiment, ground: Ground, data: list[dict[str, Any
             "trust_remote_code": experiment.model.trust_remote_code,
             "quantize": experiment.model.quantize,
         },
-        "tokenizer": {"template_sha256": template_sha256(ground.tokenizer)},
+        "tokenizer": {
+            "sha256": tokenizer_sha256(ground.tokenizer),
+            "template_sha256": template_sha256(ground.tokenizer),
+        },
         "device": ground.placement.describe(),
         "data": data,
         "metrics": {},
@@ -108,6 +112,8 @@ def say_trainable(console: Console, trainable: Trainable, adapter_rate: float, u
     for module, count in trainable.modules.items():
         table.add_row(module, str(count))
     console.print(table)
+    for kind, count in trainable.beyond_lora.items():
+        console.print(f"without LoRA: {kind} ({count}), which no linear layer holds; it stays frozen", highlight=False)
     if trainable.unties_head:
         console.print("the head was tied to the embeddings; opened, it is a matrix of its own, here and in the adapter")
     for group, parameters in trainable.groups.items():
@@ -195,6 +201,12 @@ def begin(
             tracker.finish(run.manifest)
 
 
+def build_trainer(kind: type[Any], *, model: Any, **given: Any) -> Any:
+    """TRL's trainer around a policy, whose weights keep their precision."""
+    with as_it_trains(model):
+        return kind(model=model, **given)
+
+
 def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: Unfreeze) -> dict[str, Any]:
     """Runs the trainer's loop under the guards, every logged step recorded.
 
@@ -208,6 +220,8 @@ def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: 
 
     guard, screen = Guard(), Screen(console, run.stage)
     ratio = unfreeze.learning_rate / trainer.args.learning_rate if unfreeze.opens else None
+    if all(is_opened(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad):
+        ratio = 1.0  # the one rate that is logged is theirs
     recorder = Recorder(run.metrics_file, tracker, ratio)
     trainer.remove_callback(PrinterCallback)
     for callback in (guard, recorder, screen):

@@ -16,11 +16,13 @@ from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Data, Experiment
-from pipeline.model.adapter import adapter_sha256, attached
-from pipeline.model.base import load_base, template_sha256
+from pipeline.model.adapter import attached, hashes_of
+from pipeline.model.base import load_base, template_sha256, tokenizer_sha256
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
-from pipeline.runs.run import Run, find_run
+from pipeline.runs.files import ADAPTER_CONFIG
+from pipeline.runs.run import Run
 from pipeline.training.proof import PROOF, reference_hash, tolerance_for
+from pipeline.training.start import find_adapter
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def verify_run(run: Run, experiment: Experiment, root: Path, console: Console) -
     manifest = run.manifest
     findings = [
         _same("base weights", manifest["base"]["sha256"], ground.base_sha256),
+        _same("tokenizer", manifest["tokenizer"]["sha256"], tokenizer_sha256(ground.tokenizer)),
         _same("chat template", manifest["tokenizer"]["template_sha256"], template_sha256(ground.tokenizer)),
-        _same("adapter", manifest["adapter"]["sha256"], _adapter(run.adapter)),
+        _same_adapter("adapter", manifest["adapter"], _hashes(run.adapter)),
         *[_data(entry, experiment.data) for entry in manifest["data"]],
         _versions(manifest["versions"]),
     ]
@@ -82,11 +85,20 @@ def _same(name: str, then: str | None, this: str | None) -> Finding:
     return Finding(name, False, f"changed since the run: {str(then)[:12]} then, {str(this)[:12]} now")
 
 
-def _adapter(folder: Path) -> str | None:
+def _hashes(folder: Path) -> dict[str, str | None]:
+    """`hashes_of` an adapter; None in place of each where it cannot be read."""
     try:
-        return adapter_sha256(folder)
-    except OSError:
-        return None
+        return {**hashes_of(folder)}
+    except (OSError, PipelineError):
+        return {"sha256": None, "config_sha256": None}
+
+
+def _same_adapter(name: str, then: dict[str, str], this: dict[str, str | None]) -> Finding:
+    """Its weights first, then what its configuration makes of them."""
+    if then["sha256"] != this["sha256"]:
+        return _same(name, then["sha256"], this["sha256"])
+    found = _same(name, then["config_sha256"], this["config_sha256"])
+    return found if found.ok else Finding(name, False, f"{ADAPTER_CONFIG} {found.message}")
 
 
 def _data(entry: dict[str, Any], data: Data) -> Finding:
@@ -112,26 +124,22 @@ def _versions(then: dict[str, str | None]) -> Finding:
 def _reference(run: Run, experiment: Experiment, ground: Ground, root: Path) -> list[Finding]:
     recorded = run.manifest["reference"]
     try:
-        parent = find_run(root, str(run.manifest["parent"]))
+        _, parent = find_adapter(root, str(run.manifest["parent"]))
     except PipelineError as error:
         return [Finding("reference adapter", False, error.message)]
     start = parent.adapter if isinstance(parent, Run) else parent
-    start_sha256 = _adapter(start)
+    tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize)
+    hashes = _hashes(start)
+    named = reference_hash(ground.base_sha256, hashes, template_sha256(ground.tokenizer))
     findings = [
-        _same("reference adapter", recorded["adapter_sha256"], start_sha256),
-        _same(
-            "reference hash",
-            recorded["hash"],
-            reference_hash(ground.base_sha256, str(start_sha256), template_sha256(ground.tokenizer)),
-        ),
-        Finding(
-            "reference drift in training", recorded["drift"] == 0 or not _exact(ground), f"{recorded['drift']:g} nats"
-        ),
+        _same_adapter("reference adapter", {key: recorded[f"adapter_{key}"] for key in hashes}, hashes),
+        _same("reference hash", recorded["hash"], named),
+        Finding("reference drift in training", recorded["drift"] <= tolerance.drift, f"{recorded['drift']:g} nats"),
     ]
     kept = json.loads((run.path / PROOF).read_text(encoding="utf-8"))["pairs"]
     pairs = [Pair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in kept]
     base = load_base(ground.files, experiment.model, ground.placement)
-    allowed = tolerance_for(ground.placement.dtype).start
+    allowed = tolerance.start
     for name, folder, key in (("policy", run.adapter, "policy"), ("reference", start, "reference")):
         try:
             with attached(base, folder) as model:
@@ -143,7 +151,3 @@ def _reference(run: Run, experiment: Experiment, ground: Ground, root: Path) -> 
         message = f"{apart:.2g} nats from the run's on {len(pairs)} pairs (allowed {allowed:g})"
         findings.append(Finding(f"{name} log-probabilities", apart <= allowed, message))
     return findings
-
-
-def _exact(ground: Ground) -> bool:
-    return tolerance_for(ground.placement.dtype).drift == 0

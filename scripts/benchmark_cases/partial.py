@@ -32,7 +32,7 @@ def prepare(folder: Path, data: Path | None, rows: int) -> Work:
 def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
     """One side. TRL trains the opened weights of a plain model; ours are copies beside a frozen adapter of zeros."""
     from pipeline.experiment import Dpo, Unfreeze
-    from pipeline.model.adapter import open_policy
+    from pipeline.model.policy import open_policy
 
     unfreeze = Unfreeze(last_blocks=OPENED, final_norm=True, learning_rate=LEARNING_RATE)
     stage = Dpo(

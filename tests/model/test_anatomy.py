@@ -52,11 +52,16 @@ def test_the_parts_of_each_architecture(
         assert sorted(linear_layers(model, block)) == sorted(layers)
 
 
-def test_a_norm_before_the_blocks_is_not_the_final_norm(make_model: Callable[..., Any]) -> None:
-    """OPT registers its final norm before its blocks, as BLOOM does the norm of its embeddings: none is guessed."""
+def test_a_norm_before_the_blocks_is_the_final_one_where_its_name_says_so(make_model: Callable[..., Any]) -> None:
+    """OPT registers its final norm before its blocks, where BLOOM has the norm of its embeddings."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
     anatomy = anatomy_of(make_model("opt"))
     assert anatomy.blocks == tuple(f"model.decoder.layers.{index}" for index in range(3))
-    assert anatomy.final_norm is None
+    assert anatomy.final_norm == "model.decoder.final_layer_norm"
+    assert anatomy_of(make_model("opt", do_layer_norm_before=False)).final_norm is None
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))
+    assert anatomy_of(bloom).final_norm == "transformer.ln_f"
 
 
 def test_a_vision_tower_of_as_many_blocks_is_not_mistaken_for_the_decoder() -> None:

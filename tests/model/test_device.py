@@ -96,3 +96,13 @@ def test_a_gpu_is_described_with_its_name_and_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     described = Placement(torch.device("cuda", 0), torch.bfloat16).describe()
     assert described == "CUDA (RTX 4090, 24 GiB), bfloat16"
+
+
+def test_each_process_of_a_launcher_takes_its_own_gpu(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert place("auto", "auto").device == torch.device("cuda", 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(PipelineError, match="process 3 of its launcher, and the machine has 3 GPUs") as caught:
+        place("cuda", "auto")
+    assert caught.value.code == "no-such-device"

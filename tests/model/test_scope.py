@@ -19,13 +19,8 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.experiment import Lora, Unfreeze
 from pipeline.model.anatomy import Anatomy, anatomy_of
-from pipeline.model.scope import (
-    hold_in_float32,
-    is_opened,
-    lora_config,
-    opened_modules,
-    trainable_of,
-)
+from pipeline.model.precision import hold_in_float32
+from pipeline.model.scope import is_opened, lora_config, opened_modules, trainable_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*")
 
@@ -116,10 +111,63 @@ def test_a_target_that_matches_no_layer_is_an_error_even_beside_one_that_does(
     assert mend in error.mend
 
 
-def test_a_shorthand_of_other_architectures_names_the_layers_that_there_are(make_model: Callable[..., Any]) -> None:
-    with pytest.raises(PipelineError, match="is called `q_proj`") as caught:
-        lora_config(make_model("gpt2"), Lora(target_modules="qv"), Unfreeze())
-    assert caught.value.mend == "list some of c_attn, c_fc, c_proj; or use `all-linear`"
+@pytest.mark.parametrize(
+    ("kind", "fused", "layers"),
+    [
+        ("gpt2", "c_attn", ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]),
+        ("phi3", "qkv_proj", ["model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.qkv_proj"]),
+        (
+            "gpt_neox",
+            "query_key_value",
+            ["gpt_neox.layers.0.attention.dense", "gpt_neox.layers.0.attention.query_key_value"],
+        ),
+    ],
+)
+def test_where_queries_keys_and_values_are_one_layer_qkvo_takes_it_and_qv_says_so(
+    make_model: Callable[..., Any], kind: str, fused: str, layers: list[str]
+) -> None:
+    model = make_model(kind)
+    with pytest.raises(PipelineError, match=f"are one layer of this model, `{fused}`") as caught:
+        lora_config(model, Lora(target_modules="qv"), Unfreeze())
+    assert f"list `[{fused}]`; or use `qkvo`" in caught.value.mend
+    peft = get_peft_model(model, lora_config(model, Lora(target_modules="qkvo", layers=[0]), Unfreeze()))
+    found = [name for name, module in peft.named_modules() if hasattr(module, "lora_A")]
+    assert sorted(name.removeprefix("base_model.model.") for name in found) == layers
+
+
+def test_layers_of_a_vision_tower_carry_no_lora_though_they_have_the_names() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**width, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**width, "image_size": 28, "patch_size": 14}
+    for layers, blocks in (("all", "01"), ("last-half", "1")):
+        model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+        peft = get_peft_model(model, lora_config(model, Lora(layers=layers), Unfreeze()))
+        found = {name for name, module in peft.named_modules() if hasattr(module, "lora_A")}
+        tower = "base_model.model.model.language_model.layers"
+        inside = ["self_attn." + name for name in ALL_LINEAR[:4]] + ["mlp." + name for name in ALL_LINEAR[4:]]
+        assert found == {f"{tower}.{block}.{name}" for block in blocks for name in inside}
+
+
+def test_opened_weights_alone_are_an_adapter_without_lora(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    peft = get_peft_model(model, lora_config(model, None, Unfreeze(last_blocks=3, lm_head=True)))
+    assert with_lora(peft) == []
+    account = trainable_of(peft)
+    assert account.groups == {"opened": 3 * BLOCK + EMBEDDINGS}
+    assert account.beyond_lora == {}
+
+
+def test_what_no_linear_layer_holds_is_said(make_model: Callable[..., Any]) -> None:
+    """The experts of a Mixtral block are two tensors of three dimensions."""
+    model = make_model("mixtral")
+    account = trainable_of(get_peft_model(model, lora_config(model, Lora(), Unfreeze(last_blocks=1))))
+    assert account.beyond_lora == {
+        "layers.*.mlp.experts.down_proj": 2,
+        "layers.*.mlp.experts.gate_up_proj": 2,
+    }
+    assert account.as_dict()["beyond_lora"] == account.beyond_lora
 
 
 def test_all_linear_on_gpt2_takes_its_conv1d_layers(make_model: Callable[..., Any]) -> None:
@@ -200,6 +248,12 @@ def test_what_the_model_has_not_cannot_be_opened(key: str, said: str) -> None:
     assert (caught.value.code, caught.value.pointer) == ("no-such-module", f"/scope/unfreeze/{key}")
 
 
+def test_the_error_points_at_the_stage_that_opens() -> None:
+    with pytest.raises(PipelineError) as caught:
+        opened_modules(Anatomy(("a.0",), None, None, head_is_tied=False), Unfreeze(last_blocks=2), "/dpo/unfreeze")
+    assert caught.value.pointer == "/dpo/unfreeze/last_blocks"
+
+
 def test_opened_weights_are_held_in_float32_beside_a_bfloat16_base(make_model: Callable[..., Any]) -> None:
     """And the copies that PEFT makes of them: those are what trains."""
     model = make_model("llama", tie_word_embeddings=False).to(torch.bfloat16)
@@ -217,15 +271,6 @@ def packed(weights: int) -> nn.Parameter:
     parameter = nn.Parameter(torch.zeros(weights // 2, 1, dtype=torch.uint8), requires_grad=False)
     parameter.quant_storage = torch.uint8
     return parameter
-
-
-def test_quantised_weights_cannot_be_opened(make_model: Callable[..., Any]) -> None:
-    model = make_model("llama")
-    model.model.layers[2].mlp.up_proj.weight = packed(64 * 32)
-    hold_in_float32(model, ["model.norm", "model.layers.1"])
-    with pytest.raises(PipelineError, match=r"model\.layers\.2 holds quantised weights") as caught:
-        hold_in_float32(model, ["model.layers.2"])
-    assert (caught.value.code, caught.value.pointer) == ("conflict", "/model/quantize")
 
 
 def test_the_account_of_an_adapter(make_model: Callable[..., Any]) -> None:

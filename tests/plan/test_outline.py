@@ -125,14 +125,14 @@ def test_the_policy_has_no_values_and_the_reference_its_own_copies(tiny_folder: 
     ids=str,
 )
 def test_any_adapter_counts_as_on_a_model_with_weights(tiny_folder: Path, lora: dict[str, Any]) -> None:
-    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from pipeline.model.policy import new_policy
     from pipeline.model.scope import lora_config
 
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     scope = experiment(scope={"lora": lora}).scope
-    expected = trainable_of(get_peft_model(base, lora_config(base, scope.lora, scope.unfreeze)))
+    expected = trainable_of(new_policy(base, lora_config(base, scope.lora, scope.unfreeze)))
     assert trainable_of(outlined(tiny_folder, scope={"lora": lora})) == expected
 
 
@@ -144,11 +144,23 @@ def test_opened_weights_and_adapter_are_float32_on_a_half_precision_base(tiny_fo
     assert torch.bfloat16 in {parameter.dtype for parameter in parameters}
 
 
-def test_blocks_in_four_bits_cannot_be_opened(tiny_folder: Path) -> None:
+def test_opened_blocks_are_not_held_in_four_bits(tiny_folder: Path) -> None:
     one = experiment(model={"id": str(tiny_folder), "quantize": "nf4"}, scope={"unfreeze": {"last_blocks": 1}})
-    with pytest.raises(PipelineError, match=r"model\.layers\.3 holds quantised weights") as caught:
-        outline(find_config(one.model, tokenizer=False), one, "sft", torch.float32)
-    assert caught.value.pointer == "/model/quantize"
+    made = outline(find_config(one.model, tokenizer=False), one, "sft", torch.float32)
+    packed = {name for name, parameter in made.policy.named_parameters() if id(parameter) in made.quantized}
+    assert len(packed) == 3 * 7  # the seven linear layers of the three blocks below
+    assert not any(".layers.3." in name for name in packed)
+
+
+@pytest.mark.parametrize("adapter", ["new", "frozen"])
+def test_what_sft_left_is_a_fixed_part_where_dpo_does_not_train_it(tiny_folder: Path, adapter: str) -> None:
+    """Rank 8 on three blocks: 8 * 512 weights a block, as the widths of a block's linear layers sum to 512."""
+    policy = outlined(tiny_folder, "dpo", dpo={"unfreeze": OPENED, "adapter": adapter})
+    fixed = sum(p.numel() for name, p in policy.named_parameters() if name.endswith((".fixed.down", ".fixed.up")))
+    assert fixed == 3 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    trainable = trainable_of(policy)
+    assert trainable.groups.get("adapter", 0) == (fixed if adapter == "new" else 0)
+    assert trainable.groups["opened"] > 0
 
 
 def test_dpo_must_open_what_sft_opens(tiny_folder: Path) -> None:

@@ -100,8 +100,8 @@ def test_naive_unfreezing_is_caught(
     """The usual recipe: the base's last block, which policy and reference share, set to train."""
     open_policy = dpo_module.open_policy
 
-    def naive(base: Any, folder: Path, unfreeze: Any) -> Any:
-        policy = open_policy(base, folder, unfreeze)
+    def naive(*given: Any, **named: Any) -> Any:
+        policy = open_policy(*given, **named)
         for name, parameter in policy.named_parameters():
             if "layers.3." in name and "lora_" not in name:
                 parameter.requires_grad_(True)
@@ -123,8 +123,8 @@ def test_wrong_start_is_caught(
     """A policy that is not the SFT adapter: step 0 alone would still read ln 2, since its copy is the reference."""
     open_policy = dpo_module.open_policy
 
-    def other(base: Any, folder: Path, unfreeze: Any) -> Any:
-        policy = open_policy(base, folder, unfreeze)
+    def other(*given: Any, **named: Any) -> Any:
+        policy = open_policy(*given, **named)
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
                 if "lora_B" in name:

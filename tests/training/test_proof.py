@@ -68,16 +68,19 @@ def test_drift() -> None:
         check_drift(REFERENCE, REFERENCE * float("nan"), tolerance_for(torch.bfloat16))
 
 
-def test_float32_allows_no_drift() -> None:
+def test_float32_allows_no_drift_and_four_bits_compute_in_bfloat16() -> None:
     assert tolerance_for(torch.float32).drift == 0.0
+    assert tolerance_for(torch.float32, "nf4") == tolerance_for(torch.bfloat16)
 
 
 def test_the_hash_names_base_adapter_and_template() -> None:
-    parts = ["a" * 64, "b" * 64, "c" * 64]
-    named = reference_hash(*parts)
-    assert named == hashlib.sha256("\n".join([*parts, ""]).encode()).hexdigest()
-    for at in range(3):
-        assert reference_hash(*[part if i != at else "d" * 64 for i, part in enumerate(parts)]) != named
+    def named(base: str, weights: str, config: str, template: str) -> str:
+        return reference_hash(base, {"sha256": weights, "config_sha256": config}, template)
+
+    parts = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
+    assert named(*parts) == hashlib.sha256("\n".join([*parts, ""]).encode()).hexdigest()
+    for at in range(4):
+        assert named(*[part if i != at else "e" * 64 for i, part in enumerate(parts)]) != named(*parts)
 
 
 def test_a_fingerprint_sees_one_bit() -> None:
