@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.experiment import Unfreeze
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.scope import hold_in_float32, opened_modules
-from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, staged_folder
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base."""
@@ -164,9 +164,10 @@ def attached(base: nn.Module, folder: Path) -> Iterator[Any]:
 
 
 def save_adapter(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it."""
-    policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
+    """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it; whole or not."""
+    with staged_folder(folder) as staged:
+        policy.save_pretrained(staged, selected_adapters=["default"], save_embedding_layers=False)
+        tokenizer.save_pretrained(staged)
 
 
 def _config_of(folder: Path) -> Any:
