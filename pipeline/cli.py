@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.experiment import Experiment
     from pipeline.experiment_file import LoadedExperiment
+    from pipeline.runs.resume import Resume
 
 Answer = tuple[dict[str, Any], ExitCode]
 """What a command returns: its JSON, and its exit code."""
@@ -37,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # With --format json, stdout is one JSON object's: people, and libraries that print, get stderr.
     console = Console(stderr=as_json, soft_wrap=True)
     with ExitStack() as stack:
+        stack.enter_context(_stoppable())
         if as_json:
             stack.enter_context(redirect_stdout(sys.stderr))
         try:
@@ -68,6 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json:
         sys.stdout.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
     return int(code)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (SLURM's warning) end a command as Ctrl-C does; the training loop has its own answer."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refused(error: PipelineError) -> dict[str, Any]:
@@ -104,6 +126,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     dry = argparse.ArgumentParser(add_help=False)
     dry.add_argument("--dry-run", action="store_true", help="a few steps on the longest rows; nothing is kept")
+    accept = argparse.ArgumentParser(add_help=False)
+    accept.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although data, experiment, base or libraries have changed; the manifest says so",
+    )
+    resume = argparse.ArgumentParser(add_help=False)
+    resume.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a stopped run from its newest whole checkpoint; without RUN, the newest unfinished one",
+    )
 
     columns: dict[str, Any] = {
         "action": "append",
@@ -155,15 +191,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--ids", action="store_true", help="a line for each token, with its id")
     plan = add("plan", _plan, "what would be trained, in how many steps and how much memory", experiment)
     plan.add_argument("--stage", choices=("sft", "dpo"), help="whose figures come first; else the first that has data")
-    add("sft", _sft, "phase one: supervised fine-tuning of a LoRA adapter", experiment, dry)
-    dpo = add("dpo", _dpo, "phase two: DPO on the SFT adapter, which is also the reference", experiment, dry)
+    add("sft", _sft, "phase one: supervised fine-tuning of a LoRA adapter", experiment, dry, resume, accept)
+    text = "phase two: DPO on the SFT adapter, which is also the reference"
+    dpo = add("dpo", _dpo, text, experiment, dry, resume, accept)
     dpo.add_argument(
         "--from",
         dest="start",
         metavar="RUN",
         help="a run, an adapter folder or an adapter's hub id; else the newest finished SFT run",
     )
-    add("align", _align, "sft, dpo and compare in one go", experiment)
+    align = add("align", _align, "sft, dpo and compare in one go", experiment, accept)
+    align.add_argument("--resume", action="store_true", help="go on where it stopped: a finished phase is kept")
     compare = add("compare", _compare, "the base and runs on the same held-out prompts", where)
     compare.add_argument("runs", nargs="+", metavar="RUN", help="a run, or a folder with a PEFT adapter")
     compare.add_argument("--experiment", type=Path, metavar="FILE", help="whose prompts; else the last run's")
@@ -293,7 +331,8 @@ def _sft(arguments: argparse.Namespace, console: Console) -> Answer:
     with _experiment(arguments) as experiment:
         from pipeline.training.sft import run_sft
 
-        outcome = run_sft(experiment, arguments.checkpoints, console, dry_run=arguments.dry_run)
+        resume = _resume(arguments, dry_run=arguments.dry_run)
+        outcome = run_sft(experiment, arguments.checkpoints, console, dry_run=arguments.dry_run, resume=resume)
     return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
 
 
@@ -301,8 +340,40 @@ def _dpo(arguments: argparse.Namespace, console: Console) -> Answer:
     with _experiment(arguments) as experiment:
         from pipeline.training.dpo import run_dpo
 
-        outcome = run_dpo(experiment, arguments.checkpoints, console, start=arguments.start, dry_run=arguments.dry_run)
+        resume = _resume(arguments, dry_run=arguments.dry_run, start=arguments.start)
+        outcome = run_dpo(
+            experiment,
+            arguments.checkpoints,
+            console,
+            start=arguments.start,
+            dry_run=arguments.dry_run,
+            resume=resume,
+        )
     return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
+
+
+def _resume(arguments: argparse.Namespace, *, dry_run: bool = False, start: str | None = None) -> Resume | None:
+    """What `--resume` and `--accept-changes` ask for.
+
+    Raises:
+        PipelineError: they are given with something that they exclude.
+    """
+    from pipeline.runs.resume import Resume
+
+    if arguments.resume is None or arguments.resume is False:
+        if arguments.accept_changes:
+            raise _conflict("--accept-changes", "only with --resume")
+        return None
+    if dry_run:
+        raise _conflict("--resume", "not with --dry-run, which leaves no run")
+    if start is not None:
+        raise _conflict("--from", "not with --resume: a resumed run keeps the adapter that it was started with")
+    name = arguments.resume if isinstance(arguments.resume, str) else ""
+    return Resume(name or None, arguments.accept_changes)
+
+
+def _conflict(option: str, when: str) -> PipelineError:
+    return PipelineError(f"`{option}` goes {when}", code="conflict", mend=f"leave {option} out")
 
 
 def _align(arguments: argparse.Namespace, console: Console) -> Answer:
@@ -310,7 +381,8 @@ def _align(arguments: argparse.Namespace, console: Console) -> Answer:
         from pipeline.align import align
         from pipeline.evaluation.table import print_comparison
 
-        outcomes, comparison, report = align(experiment, arguments.checkpoints, console)
+        resume = _resume(arguments) if arguments.resume else None
+        outcomes, comparison, report = align(experiment, arguments.checkpoints, console, resume=resume)
     print_comparison(comparison, console)
     console.print(f"written: {outcomes[-1].run}/compare.json", highlight=False)
     console.print(f"report: {report}", highlight=False)

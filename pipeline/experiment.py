@@ -254,6 +254,7 @@ class _Stage(_Section):
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     save_steps: PositiveInt | None = None
     save_total_limit: PositiveInt | None = 2
+    """How many checkpoints are kept; two at least, since the newest may turn out damaged."""
     unfreeze: Unfreeze | None = None
     """Replaces `scope.unfreeze` for this stage."""
     options: dict[str, Any] = Field(default_factory=dict)

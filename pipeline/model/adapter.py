@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.model.fixed_lora import factors_of, fixed_loras
 from pipeline.model.precision import dequantize, is_quantized
-from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_json
+from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, staged_folder, write_json
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base."""
@@ -119,17 +119,18 @@ def attached(base: nn.Module, folder: Path) -> Iterator[Any]:
 
 
 def save_adapter(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it.
+    """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it; whole or not.
 
     What the policy has beside PEFT's adapter is written into it, so that stock PEFT opens the whole of it on the base
     alone: a fixed LoRA by concatenation, biases that SFT trained as what `bias` stands for.
     """
-    policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    fixed = fixed_loras(policy)
-    bias = getattr(policy, FIXED_BIAS, None)
-    if fixed or bias is not None:
-        _complete(policy, folder, fixed, bias)
-    tokenizer.save_pretrained(folder)
+    with staged_folder(folder) as staged:
+        policy.save_pretrained(staged, selected_adapters=["default"], save_embedding_layers=False)
+        fixed = fixed_loras(policy)
+        bias = getattr(policy, FIXED_BIAS, None)
+        if fixed or bias is not None:
+            _complete(policy, staged, fixed, bias)
+        tokenizer.save_pretrained(staged)
 
 
 def _complete(policy: Any, folder: Path, fixed: dict[str, Any], bias: str | None) -> None:

@@ -55,8 +55,8 @@ class Memory:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on the disk of a checkpoint to resume from; PEFT writes the reference along."""
-        return self.adapter_and_opened + self.optimizer + self.reference
+        """Bytes on the disk of a checkpoint to resume from: the policy and the optimizer's moments."""
+        return self.adapter_and_opened + self.optimizer
 
 
 def memory_of(made: Outline, batch: Batch, args: Any, placement: Placement, *, dpo: bool) -> Memory:

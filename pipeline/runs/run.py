@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_atomically, write_json
+from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint, write_atomically, write_json
 
 Stage = Literal["sft", "dpo"]
 Status = Literal["running", "finished", "failed", "interrupted"]
 MANIFEST = "run.json"
 DEFAULT_ROOT = Path("checkpoints")
+_LISTED = ("experiment.yaml", "metrics.jsonl", "proof.json", "set-aside.jsonl", "adapter/**/*")
 _FOLDER = re.compile(r"^(sft|dpo)-(\d{3,})$")
 
 
@@ -37,6 +38,12 @@ class Run:
         return str(self.manifest["stage"])
 
     @property
+    def number(self) -> int:
+        """Counted from 1 within its stage; clocks jump, numbers do not. 0 for a folder of another name."""
+        match = _FOLDER.match(self.path.name)
+        return int(match[2]) if match else 0
+
+    @property
     def status(self) -> str:
         """`running`, `finished`, `failed` or `interrupted`."""
         return str(self.manifest["status"])
@@ -55,6 +62,15 @@ class Run:
         """Writes the manifest with some fields set; what cannot be written is not set either."""
         write_json(self.path / MANIFEST, {**self.manifest, **fields})
         self.manifest.update(fields)
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of every file that a finished run is judged by, by its path in the run folder."""
+        return {
+            path.relative_to(self.path).as_posix(): fingerprint(path)
+            for pattern in _LISTED
+            for path in sorted(self.path.glob(pattern))
+            if path.is_file()
+        }
 
     def end(self, status: Status, **fields: Any) -> None:
         """Closes the run with its last status."""

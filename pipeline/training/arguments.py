@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.experiment import Dpo, Sft
 from pipeline.model.device import Placement
+from pipeline.runs.checkpoints import KEEP_AT_LEAST
 
 _OWN = {"adapter", "unfreeze", "options"}
 """Keys of a stage that are ours; every other one is TRL's, by name and meaning."""
@@ -40,6 +41,7 @@ def _common(stage: Sft | Dpo, output: Path, seed: int, placement: Placement, eva
         # Half-precision base weights train under autocast: LoRA and opened weights stay in float32.
         "bf16": placement.dtype == torch.bfloat16,
         "fp16": placement.dtype == torch.float16,
+        "save_total_limit": max(stage.save_total_limit, KEEP_AT_LEAST) if stage.save_total_limit else None,
         "logging_strategy": "steps",
         "logging_first_step": True,
         # Trainer would log the last finite loss in place of NaN.

@@ -24,6 +24,7 @@ from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy
 from pipeline.model.scope import trainable_of
+from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
@@ -49,6 +50,7 @@ from pipeline.training.stage import (
     dry_run_of,
     longest,
     manifest_of,
+    places_of,
     require_options,
     say_counts,
     say_dry_run,
@@ -103,8 +105,32 @@ def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[S
     return Start(found.name, found.adapter, hashes), found
 
 
+def _same_start(resumption: Resumption, experiment: Experiment, root: Path) -> tuple[Start, Run | None]:
+    """The adapter that a run was started with: it is the reference, whatever has been trained since.
+
+    Raises:
+        PipelineError: it is gone, or no longer what it was.
+    """
+    manifest = resumption.run.manifest
+    origin, sft_run = find_start(experiment, root, manifest["parent"])
+    if any(manifest["reference"][f"adapter_{name}"] != value for name, value in origin.hashes.items()):
+        raise PipelineError(
+            f"the adapter that {resumption.run.name} was started with has changed, and it is the reference",
+            code="adapter-changed",
+            file=origin.folder,
+            mend="put it back, or start a new run",
+        )
+    return origin, sft_run
+
+
 def run_dpo(
-    experiment: Experiment, root: Path, console: Console, *, start: str | None = None, dry_run: bool = False
+    experiment: Experiment,
+    root: Path,
+    console: Console,
+    *,
+    start: str | None = None,
+    dry_run: bool = False,
+    resume: Resume | None = None,
 ) -> Outcome:
     """Trains DPO on an SFT adapter and leaves a run folder with the proof that the reference did not move.
 
@@ -114,6 +140,7 @@ def run_dpo(
         console: where the user is told what goes on.
         start: a run or an adapter folder; None: the newest finished SFT run of the experiment.
         dry_run: trains a few steps on the longest pairs, and leaves nothing.
+        resume: goes on with a run that was stopped, on the SFT adapter that it was started with.
 
     Raises:
         PipelineError: data, start, model or machine are not fit, step 0 does not read ln 2 and margin 0, or the
@@ -129,7 +156,11 @@ def run_dpo(
             mend="add `data: {preferences: {train: FILE}}`",
         )
     require_options("dpo", stage.options)
-    origin, sft_run = find_start(experiment, root, start)
+    resumption = find_resumption(root, experiment.name, "dpo", resume, console.print)
+    if resumption is None:
+        origin, sft_run = find_start(experiment, root, start)
+    else:
+        origin, sft_run = _same_start(resumption, experiment, root)
     console.print(f"start and reference: {origin.name}")
     aside = experiment.data.on_invalid == "set-aside"
     checked = {
@@ -140,8 +171,10 @@ def run_dpo(
     ground = prepare_ground(experiment, console.print)
     require_same_ground(origin.name, origin.folder, sft_run, ground, experiment.model.quantize, console.print)
     pairs, data, accounts, set_aside = {}, [], [], []
+    places: list[str] = []
     for use, rows in checked.items():
         pairs[use], counted = tokenize_preferences(ground.tokenizer, rows, stage.max_length)
+        places = places_of(rows, counted) if use == "train" else places
         left_out = rows.set_aside + counted.set_aside
         say_counts(console.print, use, counted, left_out)
         data.append(data_entry(rows.report, use, counted, left_out))
@@ -171,7 +204,10 @@ def run_dpo(
     )
     tolerance = tolerance_for(ground.placement.dtype, quantize=experiment.model.quantize)
     with (
-        begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
+        begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
+            run,
+            tracker,
+        ),
         compact_head(),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
@@ -216,7 +252,7 @@ def run_dpo(
         )
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
-        metrics = train(trainer, run, tracker, console, unfreeze)
+        metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
         after = score(trainer, batches)
         reference = {
             **manifest["reference"],
@@ -242,7 +278,7 @@ def run_dpo(
             f"the saved adapter is the trained policy ({reference['saved']['policy']:.1e} nats apart)",
             highlight=False,
         )
-        run.end("finished", adapter=hashes_of(run.adapter), reference=reference)
+        run.end("finished", adapter=hashes_of(run.adapter), files=run.files(), reference=reference)
         return Outcome(run.path, run.status, metrics, trainable, {"reference": reference})
 
 

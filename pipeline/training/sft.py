@@ -20,10 +20,12 @@ from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
+from pipeline.runs.resume import Resume, find_resumption
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.padding_free import leave_padding_out
+from pipeline.training.keeper import Resumable
 from pipeline.training.stage import (
     Outcome,
     begin,
@@ -32,6 +34,7 @@ from pipeline.training.stage import (
     dry_run_of,
     longest,
     manifest_of,
+    places_of,
     require_options,
     say_counts,
     say_dry_run,
@@ -42,7 +45,7 @@ from pipeline.training.stage import (
 )
 
 
-class _Trainer(MicroBatches, SFTTrainer):  # type: ignore[misc]
+class _Trainer(Resumable, MicroBatches, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
@@ -52,7 +55,9 @@ class _Trainer(MicroBatches, SFTTrainer):  # type: ignore[misc]
         return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
 
 
-def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bool = False) -> Outcome:
+def run_sft(
+    experiment: Experiment, root: Path, console: Console, *, dry_run: bool = False, resume: Resume | None = None
+) -> Outcome:
     """Trains the SFT adapter of an experiment and leaves a run folder.
 
     Args:
@@ -60,6 +65,7 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
         root: where runs live.
         console: where the user is told what goes on.
         dry_run: trains a few steps on the longest rows, and leaves nothing.
+        resume: goes on with a run that was stopped.
 
     Raises:
         PipelineError: data, model or machine are not fit; a run that was begun says `failed` or `interrupted`.
@@ -74,6 +80,7 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
             mend="add `data: {demonstrations: {train: FILE}}`",
         )
     require_options("sft", stage.options)
+    resumption = find_resumption(root, experiment.name, "sft", resume, console.print)
     aside = experiment.data.on_invalid == "set-aside"
     checked = {
         use: load_rows(Path(path), "demonstration", set_aside=aside, columns=split.map)
@@ -82,8 +89,10 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     datasets, data, accounts, set_aside = {}, [], [], []
+    places: list[str] = []
     for use, rows in checked.items():
         labelled, counted = label_demonstrations(ground.tokenizer, rows, stage.max_length)
+        places = places_of(rows, counted) if use == "train" else places
         left_out = rows.set_aside + counted.set_aside
         say_counts(console.print, use, counted, left_out)
         datasets[use] = Dataset.from_list(labelled)
@@ -102,7 +111,10 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
     policy = new_policy(base, adapter_config)
     manifest = manifest_of(experiment, ground, data, parent=None)
     with (
-        begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
+        begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
+            run,
+            tracker,
+        ),
         compact_head(),
     ):
         write_set_aside(run.path, set_aside)
@@ -128,9 +140,9 @@ def run_sft(experiment: Experiment, root: Path, console: Console, *, dry_run: bo
         trainable = trainable_of(trainer.model)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict(), engine={"padding_free": why_padded is None})
-        metrics = train(trainer, run, tracker, console, unfreeze)
+        metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
         save_adapter(trainer.model, ground.tokenizer, run.adapter)
-        run.end("finished", adapter=hashes_of(run.adapter))
+        run.end("finished", adapter=hashes_of(run.adapter), files=run.files())
         return Outcome(run.path, run.status, metrics, trainable)

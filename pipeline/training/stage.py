@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,24 +19,31 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.data.aside import SetAside, count_codes
-from pipeline.data.check import Report
+from pipeline.data.check import CheckedRows, Report
 from pipeline.data.tokenised import Counted
 from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
-from pipeline.experiment_file import dump_experiment
+from pipeline.experiment_file import dump_experiment, load_experiment
 from pipeline.model.base import template_sha256, tokenizer_sha256
 from pipeline.model.device import Placement, is_out_of_memory
 from pipeline.model.ground import Ground, Say
 from pipeline.model.precision import as_it_trains
 from pipeline.model.scope import Trainable, is_opened
+from pipeline.runs.checkpoints import drop_newer
+from pipeline.runs.files import sweep, write_atomically
+from pipeline.runs.lock import locked
 from pipeline.runs.provenance import provenance
-from pipeline.runs.run import Run, Stage, create_run
+from pipeline.runs.resume import COMPARED, Resumption, changes_since, require_unchanged
+from pipeline.runs.run import Run, Stage, create_run, now, read_run
 from pipeline.tracking import Tracker, start_tracker
 from pipeline.training.callbacks import Guard, Recorder, Screen
+from pipeline.training.keeper import Keeper
 from pipeline.trl_options import check_options
 
 _S = TypeVar("_S", Sft, Dpo)
 DRY_RUN_STEPS = 3
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+"""What the system says of a disk that is full, too small, read-only or broken."""
 
 
 def require_options(stage: Stage, options: dict[str, Any]) -> None:
@@ -65,6 +74,11 @@ def manifest_of(experiment: Experiment, ground: Ground, data: list[dict[str, Any
             "template_sha256": template_sha256(ground.tokenizer),
         },
         "device": ground.placement.describe(),
+        "placement": {
+            "device": ground.placement.device.type,
+            "dtype": str(ground.placement.dtype).removeprefix("torch."),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        },
         "data": data,
         "metrics": {},
         **provenance(),
@@ -88,6 +102,17 @@ def data_entry(report: Report, use: str, counted: Counted, set_aside: Sequence[S
         "tokens": counted.as_dict(),
         "set_aside": {"rows": len(set_aside), "codes": count_codes(set_aside)},
     }
+
+
+def places_of(rows: CheckedRows[Any], counted: Counted) -> list[str]:
+    """Where the rows that tokenising left are: `file:line`, and the pointer in a JSON array."""
+    left_out = {(one.line, one.pointer) for one in counted.set_aside}
+    places = zip((row.line for row in rows), rows.pointers, strict=True)
+    return [
+        f"{counted.file}:{line}{pointer and ' ' + pointer}"
+        for line, pointer in places
+        if (line, pointer) not in left_out
+    ]
 
 
 def say_counts(say: Say, use: str, counted: Counted, set_aside: Sequence[SetAside]) -> None:
@@ -169,17 +194,30 @@ class Outcome:
 
 @contextmanager
 def begin(
-    experiment: Experiment, stage: Stage, root: Path, manifest: dict[str, Any], say: Say, *, dry_run: bool
+    experiment: Experiment,
+    stage: Stage,
+    root: Path,
+    manifest: dict[str, Any],
+    say: Say,
+    *,
+    dry_run: bool,
+    resumption: Resumption | None = None,
 ) -> Iterator[tuple[Run, Tracker]]:
-    """A run folder and its W&B run, both closed with the right status however the work inside ends.
+    """A run folder, locked, and its W&B run, both closed with the right status however the work inside ends.
 
     A dry run gets a folder that is gone afterwards, and no tracker.
 
     Raises:
-        PipelineError: the folder cannot be written, or what the work inside raised.
+        PipelineError: the folder cannot be written, a resumed run is not what it was, or what the work inside raised.
     """
-    with tempfile.TemporaryDirectory() if dry_run else nullcontext(root) as where:
-        run = create_run(Path(where), experiment.name, stage, dump_experiment(experiment), manifest)
+    with tempfile.TemporaryDirectory() if dry_run else nullcontext(root) as where, ExitStack() as stack:
+        if resumption is None:
+            run = create_run(Path(where), experiment.name, stage, dump_experiment(experiment), manifest)
+            stack.enter_context(locked(run.path))
+        else:
+            run = resumption.run
+            stack.enter_context(locked(run.path))
+            _go_on(resumption, experiment, manifest, say)
         if dry_run:
             tracker = Tracker(None, say)
         else:
@@ -207,8 +245,61 @@ def build_trainer(kind: type[Any], *, model: Any, **given: Any) -> Any:
         return kind(model=model, **given)
 
 
-def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: Unfreeze) -> dict[str, Any]:
-    """Runs the trainer's loop under the guards, every logged step recorded.
+def _go_on(resumption: Resumption, experiment: Experiment, manifest: dict[str, Any], say: Say) -> None:
+    """Makes a stopped run a running one again, after looking at what has changed since."""
+    run, checkpoint = resumption.run, resumption.checkpoint
+    if read_run(run.path).manifest != run.manifest:
+        raise PipelineError(
+            f"another process has written to {run.name} meanwhile",
+            code="run-locked",
+            file=run.path,
+            mend="look at it with `pipeline runs`, and start this again",
+        )
+    then = load_experiment(run.path / "experiment.yaml").experiment
+    changes = changes_since(run, then, experiment, manifest)
+    require_unchanged(run, changes, accepted=resumption.accept_changes)
+    for change in changes:
+        say(f"accepted: {change}")
+    sweep(run.path)
+    sweep(run.path / "state")
+    drop_newer(run.path / "state", checkpoint.step)
+    entry = {
+        "at": now(),
+        "step": checkpoint.step,
+        "passed_over": dict(resumption.passed_over),
+        "changes": [asdict(change) for change in changes],
+        "argv": manifest["argv"],
+    }
+    run.update(
+        status="running",
+        end=None,
+        error=None,
+        resumed=[*run.manifest.get("resumed", []), entry],
+        **{key: manifest[key] for key in COMPARED},
+    )
+    write_atomically(run.path / "experiment.yaml", dump_experiment(experiment))
+
+
+def train(
+    trainer: Any,
+    run: Run,
+    tracker: Tracker,
+    console: Console,
+    unfreeze: Unfreeze,
+    *,
+    places: list[str],
+    resumption: Resumption | None = None,
+) -> dict[str, Any]:
+    """Runs the trainer's loop under the guards, every logged step recorded, from a checkpoint if there is one.
+
+    Args:
+        trainer: one of the stages' own.
+        run: its folder.
+        tracker: W&B.
+        console: where progress is shown.
+        unfreeze: what is opened, for its learning rate.
+        places: where each row of the training data is; for a message.
+        resumption: what is gone on with.
 
     Returns:
         The newest value of every metric.
@@ -223,12 +314,18 @@ def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: 
     if all(is_opened(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad):
         ratio = 1.0  # the one rate that is logged is theirs
     recorder = Recorder(run.metrics_file, tracker, ratio)
+    checkpoint = None if resumption is None else resumption.checkpoint
+    if checkpoint is not None:
+        recorder.go_back(checkpoint.counters["metrics"])
+        trainer.args.eval_on_start = False
+    trainer.places = places
+    trainer.keeper = Keeper(trainer, run, recorder, guard, console.print, checkpoint)
     trainer.remove_callback(PrinterCallback)
-    for callback in (guard, recorder, screen):
+    for callback in (guard, recorder, trainer.keeper, screen):
         trainer.add_callback(callback)
     try:
         with guard.listening():
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     except KeyboardInterrupt:
         guard.interrupted = True
     finally:
@@ -237,11 +334,13 @@ def train(trainer: Any, run: Run, tracker: Tracker, console: Console, unfreeze: 
     if guard.failure is not None:
         raise guard.failure
     if guard.interrupted:
+        saved = trainer.keeper.saved
         raise PipelineError(
-            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}",
+            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}, "
+            + ("before the first checkpoint" if saved is None else f"with a checkpoint of step {saved}"),
             code="interrupted",
             file=run.path,
-            mend="the newest checkpoint is in `state` of the run folder",
+            mend="start it again" if saved is None else "the same command with --resume goes on from there",
             exit_code=ExitCode.INTERRUPTED,
         )
     return recorder.last
@@ -286,9 +385,10 @@ def recorded(run: Run) -> Iterator[None]:
         raise
     except KeyboardInterrupt as error:
         stopped = PipelineError(
-            "interrupted before the first checkpoint",
+            "interrupted outside the training loop",
             code="interrupted",
-            mend="start it again",
+            file=run.path,
+            mend="the same command with --resume goes on if the run has a checkpoint; else start it again",
             exit_code=ExitCode.INTERRUPTED,
         )
         run.end("interrupted", error=stopped.as_dict())
@@ -315,11 +415,15 @@ def machine_failure(error: Exception) -> PipelineError | None:
             "or set `gradient_checkpointing: true`; --dry-run tries the longest rows first",
             exit_code=ExitCode.MACHINE,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    # safetensors and torch write with their own hands, and say what the system said in their own words.
+    number = re.search(r"\(os error (\d+)\)|iostream error|unexpected pos", str(error))
+    if (isinstance(error, OSError) and error.errno in _DISK) or (
+        number is not None and (number[1] is None or int(number[1]) in _DISK)
+    ):
         return PipelineError(
-            f"writing failed: {error.strerror}",
+            f"writing failed: {error.strerror if isinstance(error, OSError) else ' '.join(str(error).split())[:200]}",
             code="disk",
-            file=error.filename,
+            file=error.filename if isinstance(error, OSError) else None,
             mend="free some space, or name another folder with --checkpoints",
             exit_code=ExitCode.MACHINE,
         )

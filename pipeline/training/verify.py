@@ -61,6 +61,7 @@ def verify_run(run: Run, experiment: Experiment, root: Path, console: Console) -
         _same("tokenizer", manifest["tokenizer"]["sha256"], tokenizer_sha256(ground.tokenizer)),
         _same("chat template", manifest["tokenizer"]["template_sha256"], template_sha256(ground.tokenizer)),
         _same_adapter("adapter", manifest["adapter"], _hashes(run.adapter)),
+        _files(run),
         *[_data(entry, experiment.data) for entry in manifest["data"]],
         _versions(manifest["versions"]),
     ]
@@ -77,6 +78,13 @@ def as_dict(run: Run, findings: list[Finding]) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in findings],
         "reference": run.manifest.get("reference"),
     }
+
+
+def _files(run: Run) -> Finding:
+    """Every file that the run listed is as it was; what was added since (a comparison, a report) is none of them."""
+    listed, now = run.manifest.get("files", {}), run.files()
+    changed = [f"{name} {'differs' if name in now else 'is gone'}" for name in listed if now.get(name) != listed[name]]
+    return Finding("files", not changed, ", ".join(changed) or f"{len(listed)} unchanged")
 
 
 def _same(name: str, then: str | None, this: str | None) -> Finding:

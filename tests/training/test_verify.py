@@ -55,7 +55,12 @@ def test_a_changed_policy_is_seen(runs: dict[str, Run], tmp_path: Path, console:
     weights["base_model.model.model.layers.3.mlp.up_proj.weight"] *= 3
     save_file(weights, file, metadata={"format": "pt"})
     found = verified(runs["dpo"], tmp_path / "runs", console)
-    assert {name for name, (ok, _) in found.items() if not ok} == {"adapter", "policy log-probabilities"}
+    assert {name for name, (ok, _) in found.items() if not ok} == {
+        "adapter",
+        "files",
+        "policy log-probabilities",
+    }
+    assert found["files"][1] == "adapter/adapter_model.safetensors differs"
 
 
 def test_a_changed_reference_is_seen(runs: dict[str, Run], tmp_path: Path, console: Any) -> None:

@@ -8,10 +8,11 @@ from trl import DPOTrainer
 
 from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.shared_prompt import SharedPrompt
+from pipeline.training.keeper import Resumable
 from pipeline.training.stage import split_learning_rates
 
 
-class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(Resumable, MicroBatches, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on pairs that come tokenised, with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
