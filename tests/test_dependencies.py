@@ -25,7 +25,8 @@ def named(requirements: list[str]) -> set[str]:
 def imported(folder: str) -> set[str]:
     """The distributions that the modules in a folder import; its own modules and the package's are none."""
     files = list((ROOT / folder).rglob("*.py"))
-    own = {"pipeline", "tests", *(file.stem for file in (ROOT / "scripts").glob("*.py")), *sys.stdlib_module_names}
+    ours = {file.stem for file in (ROOT / "scripts").iterdir()}  # its modules, and its packages
+    own = {"pipeline", "tests", *ours, *sys.stdlib_module_names}
     known = packages_distributions()
     modules = {name.partition(".")[0] for file in files for name in modules_of(file)} - own
     return {one.lower().replace("_", "-") for module in modules for one in known.get(module, [module])}
