@@ -11,6 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
+from pipeline import cache
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
 from pipeline.data.tokenised import require_usable, tokenize_preferences
@@ -28,6 +29,7 @@ from pipeline.runs.run import Run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
+from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
 from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.proof import (
     PROOF_PAIRS,
@@ -214,6 +216,17 @@ def run_dpo(
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
             highlight=False,
         )
+        weights_in = f"{ground.placement.dtype} on {ground.placement.device.type}, quantize {experiment.model.quantize}"
+        key = reference_key(
+            base_sha256=ground.base_sha256,
+            adapter_sha256=origin.sha256,
+            precision=f"{weights_in}, {experiment.engine.precision} products".removeprefix("torch."),
+            attention=policy.get_base_model().config._attn_implementation,
+            ld_alpha=trainer.ld_alpha,
+        )
+        store = ReferenceStore(cache.folder_of("references"), key)
+        kept = precompute_reference(trainer, store, tolerance.start, console.print)
+        run.update(engine={**run.manifest["engine"], "reference": {**kept, "key": key}})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
         metrics = train(trainer, run, tracker, console, unfreeze)

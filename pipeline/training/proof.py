@@ -82,10 +82,12 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
         trainer: a TRL DPOTrainer.
         batches: what its collator made.
     """
-    was_training, ld_alpha = trainer.model.training, trainer.ld_alpha
+    was_training, ld_alpha, precomputed = trainer.model.training, trainer.ld_alpha, trainer.precompute_ref_logps
     trainer.model.eval()
     # LD-DPO weighs the tokens of a log-probability; the proof is about the plain sums.
     trainer.ld_alpha = None
+    # The reference in memory is the one to prove, not what was kept of it.
+    trainer.precompute_ref_logps = False
     references, policies, losses = [], [], []
     try:
         with torch.no_grad():
@@ -108,7 +110,7 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
     finally:
         # The trainer would log these with its next evaluation, and these batches are not part of any.
         trainer._metrics["eval"].clear()
-        trainer.ld_alpha = ld_alpha
+        trainer.ld_alpha, trainer.precompute_ref_logps = ld_alpha, precomputed
         trainer.model.train(was_training)
     return Scores(
         torch.cat(references).float().cpu(), torch.cat(policies).float().cpu(), metrics, sum(losses) / len(losses)
