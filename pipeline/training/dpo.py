@@ -21,6 +21,7 @@ from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
 from pipeline.model.adapter import attached, hashes_of, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
+from pipeline.model.builtin import cache_directory
 from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy
@@ -216,6 +217,9 @@ def run_dpo(
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
             highlight=False,
         )
+        words, trunk = trainer.keep_trunk(experiment.engine.trunk_cache, batches[0], cache_directory())
+        if words is not None:
+            console.print(words, highlight=False)
         weights_in = f"{ground.placement.dtype} on {ground.placement.device.type}, quantize {experiment.model.quantize}"
         key = reference_key(
             base_sha256=ground.base_sha256,
@@ -226,10 +230,11 @@ def run_dpo(
         )
         store = ReferenceStore(cache.folder_of("references"), key)
         kept = precompute_reference(trainer, store, tolerance.start, console.print)
-        run.update(engine={**run.manifest["engine"], "reference": {**kept, "key": key}})
+        run.update(engine={**run.manifest["engine"], "trunk": trunk, "reference": {**kept, "key": key}})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
         metrics = train(trainer, run, tracker, console, unfreeze)
+        trainer.drop_trunk()
         after = score(trainer, batches)
         reference = {
             **manifest["reference"],

@@ -144,8 +144,10 @@ def train_side(
             stack.enter_context(multiplication(precision, policy.device))
             trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
             trainer.opened_learning_rate = opened_rate
-            refusal = trainer.share_prompts(trainer.data_collator([rows[at] for at in range(BATCH)]))
+            batch = trainer.data_collator([rows[at] for at in range(BATCH)])
+            refusal = trainer.share_prompts(batch)
             assert refusal is None, refusal
+            print(trainer.keep_trunk("auto", batch, folder)[0])
             key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
             precompute_reference(trainer, ReferenceStore(folder / f"references-{time.time_ns()}", key), 0.02, print)
         else:
