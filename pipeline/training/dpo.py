@@ -172,13 +172,13 @@ def run_dpo(
         parent=origin.name,
         reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
-    tolerance = tolerance_for(ground.placement.dtype, quantize=experiment.model.quantize)
     with (
         begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run) as (run, tracker),
         compact_head(),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
-        console.print(products, highlight=False)
+        console.print(products.words, highlight=False)
+        tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize, rounds=products.round)
         write_set_aside(run.path, set_aside)
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
@@ -204,12 +204,12 @@ def run_dpo(
             trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])
             for at in range(0, len(proof_pairs), size)
         ]
-        refusal = trainer.share_prompts(batches[0])
+        refusal = trainer.share_prompts(batches[0], rounds=tolerance.drift > 0)
         if refusal is None:
             console.print("each prompt is computed once for both completions")
         else:
             console.print(f"prompts are computed twice, as TRL does: {refusal}")
-        run.update(engine={"products": products, "shared_prompt": refusal is None, "refusal": refusal})
+        run.update(engine={"products": products.words, "shared_prompt": refusal is None, "refusal": refusal})
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
         console.print(
@@ -223,7 +223,7 @@ def run_dpo(
         weights_in = f"{ground.placement.dtype} on {ground.placement.device.type}, quantize {experiment.model.quantize}"
         key = reference_key(
             base_sha256=ground.base_sha256,
-            adapter_sha256=origin.sha256,
+            adapter_sha256=f"{origin.hashes['sha256']} {origin.hashes['config_sha256']}",
             precision=f"{weights_in}, {experiment.engine.precision} products".removeprefix("torch."),
             attention=policy.get_base_model().config._attn_implementation,
             ld_alpha=trainer.ld_alpha,

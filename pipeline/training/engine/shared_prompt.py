@@ -21,9 +21,10 @@ from pipeline.training.engine.trunk import Trunk
 _SUPPORTED = {"full_attention", "sliding_attention"}
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 _BATCH = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
-_LIMITS = {torch.float32: 1e-3}
-"""Mean absolute difference of a completion's token log-probabilities, in nats, that is rounding."""
+_LIMIT = 1e-3
+"""Mean absolute difference of a completion's token log-probabilities, in nats, that is rounding in float32."""
 _HALF_LIMIT = 0.1
+"""The same in half precision."""
 
 
 class SharedPrompt:
@@ -31,12 +32,14 @@ class SharedPrompt:
 
     Args:
         model: the model, or the PEFT model around it.
+        rounds: whether float32 products are rounded to fewer bits.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, rounds: bool = False) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = self.model.base_model
         self.on = False
+        self._rounds = rounds
         self.layers = 0
         """How many attention layers read the last joint row."""
         self.trunk: Trunk | None = None
@@ -148,7 +151,7 @@ class SharedPrompt:
             return f"{self.layers} of {layers} layers read the row through the attention that hides the completions"
         scored = (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
         apart = float(((plain - joined).abs().sum(dim=1) / scored).max())
-        allowed = _LIMITS.get(self.model.dtype, _HALF_LIMIT)
+        allowed = _LIMIT if self.model.dtype == torch.float32 and not self._rounds else _HALF_LIMIT
         if not apart <= allowed:
             return f"its log-probabilities are {apart:.3g} nats a token off the plain path's (allowed: {allowed:g})"
         return None

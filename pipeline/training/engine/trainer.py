@@ -57,16 +57,17 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
         with held(self.model):
             return super().compute_ref_log_probs(model, inputs)
 
-    def share_prompts(self, batch: dict[str, Any]) -> str | None:
+    def share_prompts(self, batch: dict[str, Any], *, rounds: bool = False) -> str | None:
         """Encodes prompts once for both completions, if that computes the same as TRL's own forward.
 
         Args:
             batch: what the collator made, to compare the two on.
+            rounds: whether float32 products are rounded to fewer bits.
 
         Returns:
             Why TRL's own forward is kept; None where prompts are shared.
         """
-        self._shared = shared = SharedPrompt(self.model)
+        self._shared = shared = SharedPrompt(self.model, rounds=rounds)
         refusal = shared.refusal()
         if refusal is None:
             shared.install()
