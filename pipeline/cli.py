@@ -231,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     chat = add("chat", _chat, "talk to the base and a run side by side; a line of input is a turn", where)
     chat.add_argument("run", metavar="RUN")
     chat.add_argument("--system", metavar="TEXT", help="a system turn to begin with")
+    cache = add("cache", _cache, "what is kept to save time: converted models, log-probabilities of references")
+    cache.add_argument("--clear", choices=("models", "references", "all"), help="remove it")
     return parser
 
 
@@ -471,6 +473,20 @@ def _chat(arguments: argparse.Namespace, console: Console) -> Answer:
     from pipeline.chat import chat
 
     return {"ok": True, "turns": chat(run, console, system=arguments.system)}, ExitCode.DONE
+
+
+def _cache(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.cache import KINDS, clear_cache, list_cache, print_cache
+
+    before = list_cache()
+    if arguments.clear:
+        clear_cache([kind for kind in KINDS if arguments.clear in (kind, "all")])
+    entries = list_cache()
+    cleared = sum(entry["bytes"] for entry in before) - sum(entry["bytes"] for entry in entries)
+    if arguments.clear:
+        console.print(f"cleared: {cleared / 2**20:,.1f} MiB", highlight=False)
+    print_cache(entries, console)
+    return {"ok": True, "entries": entries, "cleared_bytes": cleared}, ExitCode.DONE
 
 
 if __name__ == "__main__":

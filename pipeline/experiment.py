@@ -368,6 +368,9 @@ class Engine(_Section):
     precision: Literal["exact", "fast"] = "exact"
     """How float32 matrices are multiplied. `exact`: with float32's own error. `fast`: in bfloat16 (on a CPU that has
     AMX) or TF32 (on CUDA). Half-precision weights (`model.dtype`) are multiplied as they are."""
+    trunk_cache: Literal["auto", "off", "memory", "disk"] = "auto"
+    """Where DPO keeps the output of the blocks below everything that trains, so that they are computed once a row.
+    `auto`: in memory, if a quarter of what is free holds it. What is kept goes with the run."""
 
 
 class Check(_Section):

@@ -32,6 +32,15 @@ TINY_TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def own_references(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds, or leaves, a reference in the user's cache; models there are found."""
+    from pipeline import cache
+
+    stock, folder = cache.folder_of, tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(cache, "folder_of", lambda kind: folder / kind if kind == "references" else stock(kind))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Byte-level, ChatML, and its pad token is its eos token, as SmolLM2's is."""

@@ -11,6 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
+from pipeline import cache
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
 from pipeline.data.tokenised import require_usable, tokenize_preferences
@@ -20,6 +21,7 @@ from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
 from pipeline.model.adapter import attached, hashes_of, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
+from pipeline.model.builtin import cache_directory
 from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy
@@ -29,6 +31,7 @@ from pipeline.runs.run import Run, newest_finished
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
+from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
 from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.proof import (
     PROOF_PAIRS,
@@ -202,7 +205,6 @@ def run_dpo(
         parent=origin.name,
         reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
-    tolerance = tolerance_for(ground.placement.dtype, quantize=experiment.model.quantize)
     with (
         begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
             run,
@@ -211,7 +213,8 @@ def run_dpo(
         compact_head(),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
-        console.print(products, highlight=False)
+        console.print(products.words, highlight=False)
+        tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize, rounds=products.round)
         write_set_aside(run.path, set_aside)
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
@@ -237,12 +240,12 @@ def run_dpo(
             trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])
             for at in range(0, len(proof_pairs), size)
         ]
-        refusal = trainer.share_prompts(batches[0])
+        refusal = trainer.share_prompts(batches[0], rounds=tolerance.drift > 0)
         if refusal is None:
             console.print("each prompt is computed once for both completions")
         else:
             console.print(f"prompts are computed twice, as TRL does: {refusal}")
-        run.update(engine={"products": products, "shared_prompt": refusal is None, "refusal": refusal})
+        run.update(engine={"products": products.words, "shared_prompt": refusal is None, "refusal": refusal})
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
         console.print(
@@ -250,9 +253,24 @@ def run_dpo(
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
             highlight=False,
         )
+        words, trunk = trainer.keep_trunk(experiment.engine.trunk_cache, batches[0], cache_directory())
+        if words is not None:
+            console.print(words, highlight=False)
+        weights_in = f"{ground.placement.dtype} on {ground.placement.device.type}, quantize {experiment.model.quantize}"
+        key = reference_key(
+            base_sha256=ground.base_sha256,
+            adapter_sha256=f"{origin.hashes['sha256']} {origin.hashes['config_sha256']}",
+            precision=f"{weights_in}, {experiment.engine.precision} products".removeprefix("torch."),
+            attention=policy.get_base_model().config._attn_implementation,
+            ld_alpha=trainer.ld_alpha,
+        )
+        store = ReferenceStore(cache.folder_of("references"), key)
+        kept = precompute_reference(trainer, store, tolerance.start, console.print)
+        run.update(engine={**run.manifest["engine"], "trunk": trunk, "reference": {**kept, "key": key}})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
         metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
+        trainer.drop_trunk()
         after = score(trainer, batches)
         reference = {
             **manifest["reference"],

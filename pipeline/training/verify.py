@@ -21,6 +21,7 @@ from pipeline.model.base import load_base, template_sha256, tokenizer_sha256
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import ADAPTER_CONFIG
 from pipeline.runs.run import Run
+from pipeline.training.engine.precision import Products, multiplication
 from pipeline.training.proof import PROOF, reference_hash, tolerance_for
 from pipeline.training.start import find_adapter
 
@@ -66,7 +67,8 @@ def verify_run(run: Run, experiment: Experiment, root: Path, console: Console) -
         _versions(manifest["versions"]),
     ]
     if run.stage == "dpo":
-        findings += _reference(run, experiment, ground, root)
+        with multiplication(experiment.engine.precision, ground.placement.device) as products:
+            findings += _reference(run, experiment, ground, root, products)
     return findings
 
 
@@ -129,14 +131,14 @@ def _versions(then: dict[str, str | None]) -> Finding:
     return Finding("library versions", True, "; ".join(changed) or "as the run recorded them")
 
 
-def _reference(run: Run, experiment: Experiment, ground: Ground, root: Path) -> list[Finding]:
+def _reference(run: Run, experiment: Experiment, ground: Ground, root: Path, products: Products) -> list[Finding]:
     recorded = run.manifest["reference"]
     try:
         _, parent = find_adapter(root, str(run.manifest["parent"]))
     except PipelineError as error:
         return [Finding("reference adapter", False, error.message)]
     start = parent.adapter if isinstance(parent, Run) else parent
-    tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize)
+    tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize, rounds=products.round)
     hashes = _hashes(start)
     named = reference_hash(ground.base_sha256, hashes, template_sha256(ground.tokenizer))
     findings = [

@@ -13,12 +13,12 @@ from benchmark_cases.frame import Work
 
 SEED = 7
 BATCH = 4
-MAX_LENGTH = 1024
+MAX_LENGTH = 512
 SHIPPED = Path(__file__).parent.parent.parent / "datasets" / "triage" / "preferences.train.jsonl"
 
 
 def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[str, list[int]]], str]:
-    """Tokenises the first `rows` pairs whose prompt is about as long as a completion, or longer.
+    """Tokenises the first `rows` pairs that fit, and whose prompt is about as long as a completion, or longer.
 
     Returns:
         The pairs, and a line about them.
@@ -34,9 +34,9 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
     for row in load_rows(data or SHIPPED, "preference").rows:
         if len(pairs) == rows:
             break
-        pair = tokenize_pair(tokenizer, row, MAX_LENGTH)
+        pair = tokenize_pair(tokenizer, row)
         lengths = [len(ids) for ids in pair]
-        if lengths[0] >= 0.8 * (lengths[1] + lengths[2]) / 2 and lengths[1] and lengths[2]:
+        if lengths[0] + max(lengths[1:]) <= MAX_LENGTH and lengths[0] >= 0.8 * (lengths[1] + lengths[2]) / 2:
             pairs.append(pair._asdict())
         else:
             passed_over += 1
@@ -45,7 +45,7 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
     says = (
         f"{len(pairs)} pairs of {(data or SHIPPED).name}: {counts[0]:,} prompt, {counts[1]:,} chosen and "
         f"{counts[2]:,} rejected tokens; {passed_over} pairs "
-        "with shorter prompts, or no completion left within the length, passed over"
+        f"with shorter prompts or more than {MAX_LENGTH} tokens passed over"
     )
     return pairs, says
 
@@ -113,6 +113,7 @@ def train_side(
     from pipeline.training.arguments import dpo_config
     from pipeline.training.engine.head import compact_head
     from pipeline.training.engine.precision import multiplication
+    from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
     from pipeline.training.engine.trainer import PreferenceTrainer
 
     quiet_libraries()
@@ -143,8 +144,12 @@ def train_side(
             stack.enter_context(multiplication(precision, policy.device))
             trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
             trainer.opened_learning_rate = opened_rate
-            refusal = trainer.share_prompts(trainer.data_collator([rows[at] for at in range(BATCH)]))
+            batch = trainer.data_collator([rows[at] for at in range(BATCH)])
+            refusal = trainer.share_prompts(batch)
             assert refusal is None, refusal
+            print(trainer.keep_trunk("auto", batch, folder)[0])
+            key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
+            precompute_reference(trainer, ReferenceStore(folder / f"references-{time.time_ns()}", key), 0.02, print)
         else:
             trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
         trainer.add_callback(Record())

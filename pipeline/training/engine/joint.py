@@ -12,6 +12,7 @@ a batch stand one behind the other and do not see each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,12 @@ class Joint:
             mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
             self._masks[key] = mask.masked_fill(hidden, float("-inf"))[None, None]
         return self._masks[key]
+
+
+def joint_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """How many tokens two rows of a pair take in a joint row."""
+    shared = max(common_prefix(chosen, rejected) - 1, 0)
+    return len(chosen) + len(rejected) - 2 - shared
 
 
 def join(input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_last: bool = False) -> Joint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,13 +19,19 @@ _FLOAT32_ERROR = 2e-6
 """Relative error (root mean square) of a float32 product of this size is 3e-7; of bfloat16 2e-3, of TF32 3e-4."""
 
 
-@contextmanager
-def multiplication(precision: Precision, device: torch.device) -> Iterator[str]:
-    """While open, float32 matrices are multiplied as `precision` says.
+@dataclass(frozen=True)
+class Products:
+    """How float32 matrices are multiplied."""
 
-    Yields:
-        How, in words for a person.
-    """
+    words: str
+    """For a person."""
+    round: bool
+    """Whether the factors are rounded to fewer bits than float32 has."""
+
+
+@contextmanager
+def multiplication(precision: Precision, device: torch.device) -> Iterator[Products]:
+    """While open, float32 matrices are multiplied as `precision` says."""
     backends: Any = torch.backends
     backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     before = backend.fp32_precision
@@ -34,21 +41,22 @@ def multiplication(precision: Precision, device: torch.device) -> Iterator[str]:
         backend.fp32_precision = before
 
 
-def _choose(backend: Any, precision: Precision, device: torch.device) -> str:
+def _choose(backend: Any, precision: Precision, device: torch.device) -> Products:
+    plain = Products("float32 products in float32", round=False)
     backends: Any = torch.backends
     if device.type == "cuda":
         backend.fp32_precision = "tf32" if precision == "fast" else "ieee"
-        return "float32 products in TF32" if precision == "fast" else "float32 products in float32"
+        return Products("float32 products in TF32", round=True) if precision == "fast" else plain
     if device.type != "cpu" or not backends.mkldnn.is_available():
-        return "float32 products in float32"
+        return plain
     backend.fp32_precision = "bf16"
     error = product_error()
     if error <= _FLOAT32_ERROR:
-        return f"float32 products in float32 by oneDNN (relative error {error:.0e})"
+        return Products(f"float32 products in float32 by oneDNN (relative error {error:.0e})", round=False)
     if precision == "fast":
-        return f"float32 products in bfloat16 by oneDNN (relative error {error:.0e})"
+        return Products(f"float32 products in bfloat16 by oneDNN (relative error {error:.0e})", round=True)
     backend.fp32_precision = "ieee"
-    return "float32 products in float32"
+    return plain
 
 
 def product_error() -> float:

@@ -16,13 +16,15 @@ import torch
 
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.joint import Joint, join
+from pipeline.training.engine.trunk import Trunk
 
 _SUPPORTED = {"full_attention", "sliding_attention"}
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 _BATCH = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
-_LIMITS = {torch.float32: 1e-3}
-"""Mean absolute difference of a completion's token log-probabilities, in nats, that is rounding."""
+_LIMIT = 1e-3
+"""Mean absolute difference of a completion's token log-probabilities, in nats, that is rounding in float32."""
 _HALF_LIMIT = 0.1
+"""The same in half precision."""
 
 
 class SharedPrompt:
@@ -30,14 +32,18 @@ class SharedPrompt:
 
     Args:
         model: the model, or the PEFT model around it.
+        rounds: whether float32 products are rounded to fewer bits.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, rounds: bool = False) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = self.model.base_model
         self.on = False
+        self._rounds = rounds
         self.layers = 0
         """How many attention layers read the last joint row."""
+        self.trunk: Trunk | None = None
+        """Kept output of frozen blocks, if it is used."""
         self._score = self.model.forward
         self._encode = self.backbone.forward
 
@@ -100,11 +106,19 @@ class SharedPrompt:
         """The backbone on a joint row; hidden states and routers in the shape of TRL's batch."""
         if joint is None:
             return self._encode(*args, **kwargs)
-        rows, length = kwargs["input_ids"].shape
-        kwargs["input_ids"] = joint.input_ids
+        rows, length = kwargs.pop("input_ids").shape
         # Four dimensions: passed on as it is, by models with one mask and with one for each type of layer.
         kwargs["attention_mask"] = joint.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
-        output = self._encode(*args, **kwargs, position_ids=joint.position_ids, joint=joint)
+
+        def encode(row: Joint) -> Any:
+            return self._encode(*args, input_ids=row.input_ids, position_ids=row.position_ids, joint=row, **kwargs)
+
+        if self.trunk is None:
+            output = encode(joint)
+        else:
+            hidden = self.trunk.output(joint, encode)
+            with self.trunk.skipped(hidden):
+                output = encode(joint)
         hidden = output.last_hidden_state[0].index_select(0, joint.source)
         output.last_hidden_state = hidden.view(rows, length, -1)
         if getattr(output, "router_logits", None) is not None:
@@ -131,11 +145,13 @@ class SharedPrompt:
             except (TypeError, ValueError, RuntimeError) as error:
                 return f"the model does not take a joint row: {' '.join(str(error).split())[:200]}"
         layers = self.model.config.get_text_config().num_hidden_layers
+        if self.trunk is not None:
+            layers -= len(self.trunk.blocks)
         if self.layers != layers:
             return f"{self.layers} of {layers} layers read the row through the attention that hides the completions"
         scored = (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
         apart = float(((plain - joined).abs().sum(dim=1) / scored).max())
-        allowed = _LIMITS.get(self.model.dtype, _HALF_LIMIT)
+        allowed = _LIMIT if self.model.dtype == torch.float32 and not self._rounds else _HALF_LIMIT
         if not apart <= allowed:
             return f"its log-probabilities are {apart:.3g} nats a token off the plain path's (allowed: {allowed:g})"
         return None

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from trl import DPOTrainer
 
+from pipeline.model.anatomy import anatomy_of
+from pipeline.training.engine.joint import joint_length
 from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.shared_prompt import SharedPrompt
+from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
 from pipeline.training.keeper import Resumable
 from pipeline.training.stage import split_learning_rates
+
+_PLACES = {"memory": "in memory", "disk": "in a file that goes with the run"}
+
+
+@contextmanager
+def held(model: torch.nn.Module) -> Iterator[None]:
+    """While open, which parameters train may change; afterwards it is as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
 class PreferenceTrainer(Resumable, MicroBatches, DPOTrainer):  # type: ignore[misc]
@@ -17,6 +37,7 @@ class PreferenceTrainer(Resumable, MicroBatches, DPOTrainer):  # type: ignore[mi
 
     opened_learning_rate: float
     mean_over_rows = True
+    _shared: SharedPrompt
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         # `data.tokens` made the same columns from the proven rows, and counted what was cut or left out.
@@ -27,16 +48,27 @@ class PreferenceTrainer(Resumable, MicroBatches, DPOTrainer):  # type: ignore[mi
         optimizer = super().create_optimizer(model)
         return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
 
-    def share_prompts(self, batch: dict[str, Any]) -> str | None:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; what trains is afterwards what trained before: PEFT opens a frozen adapter that it switches to."""
+        with held(self.model):
+            return super().compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, and the same."""
+        with held(self.model):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def share_prompts(self, batch: dict[str, Any], *, rounds: bool = False) -> str | None:
         """Encodes prompts once for both completions, if that computes the same as TRL's own forward.
 
         Args:
             batch: what the collator made, to compare the two on.
+            rounds: whether float32 products are rounded to fewer bits.
 
         Returns:
             Why TRL's own forward is kept; None where prompts are shared.
         """
-        shared = SharedPrompt(self.model)
+        self._shared = shared = SharedPrompt(self.model, rounds=rounds)
         refusal = shared.refusal()
         if refusal is None:
             shared.install()
@@ -44,3 +76,59 @@ class PreferenceTrainer(Resumable, MicroBatches, DPOTrainer):  # type: ignore[mi
             if refusal is not None:
                 shared.uninstall()
         return refusal
+
+    def keep_trunk(self, setting: str, batch: dict[str, Any], folder: Path) -> tuple[str | None, dict[str, Any] | None]:
+        """Computes the blocks below everything that trains once for each row, if there are any.
+
+        Args:
+            setting: the experiment's `engine.trunk_cache`.
+            batch: what the collator made, to compare on.
+            folder: where a file may lie.
+
+        Returns:
+            What to tell the user, and what is kept where; None for each where there is nothing to say or to keep.
+        """
+        shared = self._shared
+        blocks = frozen_blocks(shared.model) if shared.on and setting != "off" else []
+        if not blocks:
+            return None, None
+        wanted = self._trunk_tokens()
+        width = shared.model.config.get_text_config().hidden_size * shared.model.dtype.itemsize
+        where: Where = "disk" if setting == "disk" else "memory"
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = min(wanted, room(where, folder) // width)
+        if setting == "auto" and tokens < wanted:
+            needed = f"{wanted * width / 2**30:.1f} GiB"
+            return (
+                f"frozen blocks are computed again each time: keeping their output takes {needed}, more than a quarter "
+                "of the free memory (`engine.trunk_cache: disk` keeps it in a file)"
+            ), None
+        shared.trunk = Trunk(blocks, self._behind(blocks), tokens, where, folder)
+        for _ in range(2):  # filled, and used
+            refusal = shared.check(self.model, self._prepare_inputs(dict(batch)))
+            if refusal is not None:
+                shared.trunk = None
+                return f"frozen blocks are computed again each time: {refusal}", None
+        size = tokens * width
+        beyond = "" if tokens == wanted else f" ({wanted - tokens:,} of {wanted:,} tokens do not fit)"
+        line = f"{len(blocks)} frozen blocks are computed once a row: {size / 2**20:,.0f} MiB {_PLACES[where]}{beyond}"
+        return line, {"blocks": len(blocks), "bytes": size, "where": where}
+
+    def drop_trunk(self) -> None:
+        """Gives back what is kept of frozen blocks."""
+        self._shared.trunk = None
+
+    def _behind(self, blocks: list[torch.nn.Module]) -> torch.nn.Module:
+        names = anatomy_of(self._shared.model).blocks
+        behind: torch.nn.Module = self._shared.model.get_submodule(names[len(blocks)])
+        return behind
+
+    def _trunk_tokens(self) -> int:
+        """Tokens of all rows, each row once."""
+        rows = {
+            (tuple(row["prompt_ids"] + row["chosen_ids"]), tuple(row["prompt_ids"] + row["rejected_ids"]))
+            for data in (self.train_dataset, self.eval_dataset)
+            if data is not None
+            for row in data
+        }
+        return sum(joint_length(chosen, rejected) for chosen, rejected in rows)

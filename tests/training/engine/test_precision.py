@@ -10,9 +10,10 @@ CPU = torch.device("cpu")
 
 
 def test_exact_keeps_the_error_of_float32_whatever_the_processor() -> None:
-    with multiplication("exact", CPU) as words:
+    with multiplication("exact", CPU) as products:
         assert product_error() < 2e-6
-    assert "in float32" in words
+    assert "in float32" in products.words
+    assert not products.round
 
 
 def test_the_setting_is_put_back() -> None:
@@ -25,12 +26,14 @@ def test_the_setting_is_put_back() -> None:
 def test_a_processor_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with AMX: the product has bfloat16's error once oneDNN is allowed it."""
     monkeypatch.setattr(precision, "product_error", lambda: 2e-3)
-    with multiplication("exact", CPU) as words:
+    with multiplication("exact", CPU) as products:
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-    assert "in float32" in words
-    with multiplication("fast", CPU) as words:
+    assert "in float32" in products.words
+    assert not products.round
+    with multiplication("fast", CPU) as products:
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    assert "in bfloat16" in words
+    assert "in bfloat16" in products.words
+    assert products.round
 
 
 def test_the_error_is_that_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
