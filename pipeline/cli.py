@@ -208,6 +208,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--base", action=argparse.BooleanOptionalAction, default=True, help="ask the base as well (default)"
     )
+    compare.add_argument(
+        "--judge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let the experiment's judge compare the answers, where it names one (default)",
+    )
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. evaluation.temperature=0.7"
+    )
     report = add("report", _report, "one HTML page about runs, that asks nothing of the network", where)
     report.add_argument("runs", nargs="+", metavar="RUN", help="the page goes into the last one's folder")
     report.add_argument("--out", type=Path, metavar="FILE", help="another place for the page")
@@ -403,10 +412,12 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
     from pipeline.experiment_file import load_experiment
 
     if arguments.experiment is None:
-        experiment = experiment_of(runs[-1])
+        experiment = experiment_of(runs[-1], arguments.set)
     else:
-        experiment = load_experiment(arguments.experiment).experiment
-    comparison = compare_runs(runs, experiment, arguments.checkpoints, console, with_base=arguments.base)
+        experiment = load_experiment(arguments.experiment, arguments.set).experiment
+    comparison = compare_runs(
+        runs, experiment, arguments.checkpoints, console, with_base=arguments.base, with_judge=arguments.judge
+    )
     print_comparison(comparison, console)
     return {"ok": True, **comparison.as_dict()}, ExitCode.DONE
 

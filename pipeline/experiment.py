@@ -374,20 +374,51 @@ class Engine(_Section):
 
 
 class Check(_Section):
-    """A regular expression (Python's `re`, searched) that an answer must or must not match."""
+    """One thing that an answer must hold to."""
 
     must_match: Regex | None = None
+    """A regular expression (Python's `re`, searched)."""
     must_not_match: Regex | None = None
+    """The same, and it is nowhere in the answer."""
+    must_contain: Text | None = None
+    """A text that stands in the answer, letter for letter."""
+    must_not_contain: Text | None = None
+    """A text that does not."""
+    equals_reference: Literal[True] | None = None
+    """The answer is the reference answer, white space around it aside."""
+    min_words: PositiveInt | None = None
+    max_words: PositiveInt | None = None
+    """Words as white space parts them; `min_words` and `max_words` may stand together."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.must_match is None) == (self.must_not_match is None):
-            given = "neither" if self.must_match is None else "both"
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        words = given == ["min_words", "max_words"]
+        if len(given) != 1 and not words:
+            kinds = ", ".join(f"`{name}`" for name in type(self).model_fields)
             raise _refuse(
-                f"a check gives exactly one of `must_match` and `must_not_match`; this one gives {given}",
-                "write a pattern under one of the two",
+                f"a check asks for exactly one thing; this one gives {' and '.join(given) or 'none'}",
+                f"keep one of {kinds}, and write the others as checks of their own",
             )
+        if words and (self.min_words or 0) > (self.max_words or 0):
+            raise _refuse("`min_words` is more than `max_words`, so that no answer passes", "swap them", "min_words")
         return self
+
+
+class Judge(_Section):
+    """A model behind an endpoint that speaks OpenAI's chat completions, asked which of two answers is better."""
+
+    base_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
+    """Up to and without `/chat/completions`."""
+    model: Text
+    """As the endpoint names it."""
+    key_env: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    """The environment variable that holds the key; the key itself is written nowhere."""
+    instruction: Text = (
+        "Compare two answers to one question. Correctness counts most, then how well the answer does what was asked, "
+        "then brevity."
+    )
+    """What the judge is told to look at."""
 
 
 class Evaluation(_Section):
@@ -399,11 +430,19 @@ class Evaluation(_Section):
     """Asks the first so many only; null: all."""
     max_new_tokens: PositiveInt = 128
     batch_size: PositiveInt = 25
+    temperature: NonNegativeFloat = 0.0
+    """0: greedy; above, answers are drawn, each prompt with random numbers of its own that `seed` decides."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draws only from the most likely tokens that together have this probability."""
+    regression: bool = True
+    """Also scores the general questions that are shipped, to see what was forgotten."""
     output_schema: Text | None = None
     """A JSON Schema file that an answer, read as JSON, must conform to."""
     match: list[Text] = Field(default_factory=list)
     """Fields of the JSON answer that must equal the reference's."""
     checks: dict[Name, Check] = Field(default_factory=dict)
+    judge: Judge | None = None
+    """Also lets a judge compare each version's answers with those of the version before it."""
 
 
 class Wandb(_Section):

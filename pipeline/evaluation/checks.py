@@ -6,6 +6,7 @@ Each check is a pure function of the answer's text and the reference answer's, t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from referencing.jsonschema import DRAFT202012
 
 from pipeline.data.strict_json import StrictJson, oddities, skip_space
 from pipeline.errors import PipelineError
-from pipeline.experiment import Evaluation
+from pipeline.experiment import Check, Evaluation
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,35 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Phrase:
+    """A text that an answer must contain, or must not."""
+
+    text: str
+    must_contain: bool
+
+    def holds(self, text: str) -> bool:
+        """Whether `text` keeps to the rule."""
+        return (self.text in text) is self.must_contain
+
+
+@dataclass(frozen=True)
+class Words:
+    """How many words an answer may have."""
+
+    low: int
+    high: float
+
+    def holds(self, text: str) -> bool:
+        """Whether `text` keeps to the rule."""
+        return self.low <= len(text.split()) <= self.high
+
+
+@dataclass(frozen=True)
+class Same:
+    """An answer must be the reference answer, white space around it aside."""
+
+
+@dataclass(frozen=True)
 class Checks:
     """What every answer is checked for; nothing by default."""
 
@@ -45,7 +75,7 @@ class Checks:
     """The JSON Schema that the whole answer must conform to."""
     match: tuple[str, ...] = ()
     """Fields of the JSON answer that must equal the reference's."""
-    rules: Mapping[str, Rule] | None = None
+    rules: Mapping[str, Rule | Phrase | Words | Same] | None = None
 
 
 def checks_of(evaluation: Evaluation) -> Checks:
@@ -55,11 +85,19 @@ def checks_of(evaluation: Evaluation) -> Checks:
         PipelineError: the schema file cannot be used, see `load_validator`.
     """
     schema = evaluation.output_schema
-    rules = {
-        name: Rule(re.compile(check.must_match or check.must_not_match or ""), check.must_match is not None)
-        for name, check in evaluation.checks.items()
-    }
+    rules = {name: _rule(check) for name, check in evaluation.checks.items()}
     return Checks(None if schema is None else load_validator(Path(schema)), tuple(evaluation.match), rules)
+
+
+def _rule(check: Check) -> Rule | Phrase | Words | Same:
+    pattern, phrase = check.must_match or check.must_not_match, check.must_contain or check.must_not_contain
+    if pattern is not None:
+        return Rule(re.compile(pattern), check.must_match is not None)
+    if phrase is not None:
+        return Phrase(phrase, check.must_contain is not None)
+    if check.equals_reference:
+        return Same()
+    return Words(check.min_words or 0, math.inf if check.max_words is None else check.max_words)
 
 
 def load_validator(file: Path) -> Validator:
@@ -114,7 +152,8 @@ def check_answer(text: str, reference: str | None, checks: Checks) -> dict[str, 
 
     `json_conformance`: the whole text, white space around it aside, is strict JSON (see `parse_json`) and
     conforms to the schema. `match/<field>`: the answer is a JSON object whose field equals the reference's;
-    it applies where the reference is a JSON object with that field. `check/<name>`: the rule holds.
+    it applies where the reference is a JSON object with that field. `check/<name>`: the rule holds; one that asks for
+    the reference answer applies where there is one.
     """
     answer = _parsed(text)
     results = {}
@@ -127,7 +166,10 @@ def check_answer(text: str, reference: str | None, checks: Checks) -> dict[str, 
                 isinstance(answer, dict) and field in answer and _equal(answer[field], expected[field])
             )
     for name, rule in (checks.rules or {}).items():
-        results[f"check/{name}"] = rule.holds(text)
+        if not isinstance(rule, Same):
+            results[f"check/{name}"] = rule.holds(text)
+        elif reference is not None:
+            results[f"check/{name}"] = text.strip() == reference.strip()
     return results
 
 

@@ -18,12 +18,13 @@ import torch
 from pipeline.data.rows import Preference
 from pipeline.data.tokens import Completion, Pair
 from pipeline.evaluation.checks import Checks, check_answer, require_references
-from pipeline.evaluation.generation import Answer, generate
+from pipeline.evaluation.divergence import Divergence, fitting
+from pipeline.evaluation.generation import Answer, Sampling, generate
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.preference import completion_logps, pair_logps, preference_scores
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.results import Comparison, PairScore, Sample
-from pipeline.evaluation.summary import Measured, differences, figures
+from pipeline.evaluation.summary import General, Measured, differences, figures
 from pipeline.evaluation.verdict import verdict_of
 
 Progress: TypeAlias = Callable[[str, str, int, int], None]
@@ -60,11 +61,15 @@ class Asked:
     checks: Checks = field(default_factory=Checks)
     completions: Sequence[Completion] = ()
     """Held-out demonstrations, for the perplexity (`questions.completion_of`)."""
+    general: Sequence[Completion] = ()
+    """The regression set: questions about anything but the task, and their reference answers."""
     pairs: Sequence[Pair] = ()
     """Held-out preferences (`tokens.tokenize_pair`)."""
     preferences: Sequence[Preference] = ()
     """The same as rows, one for each of `pairs`, to be shown; or none."""
     max_new_tokens: int = 128
+    sampling: Sampling | None = None
+    """None: greedy."""
     batch_size: int = 25
     """Questions at a time."""
     scoring_batch_size: int = 8
@@ -100,14 +105,18 @@ def compare(
     assert base is None or base in names, "the base is not among the candidates"
     require_references([question.reference for question in asked.questions], asked.checks)
     completions = [completion for completion in asked.completions if completion.scored_tokens]
+    general = [completion for completion in asked.general if completion.scored_tokens]
     scorable = [at for at, pair in enumerate(asked.pairs) if pair.chosen_ids and pair.rejected_ids]
     pairs = [asked.pairs[at] for at in scorable]
 
     measured: dict[str, Measured] = {}
     seconds: dict[str, float] = {}
     scored: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for candidate in candidates:
+    distributions: dict[str, dict[int, torch.Tensor]] = {}
+    choices: list[torch.Tensor] | None = None
+    for at, candidate in enumerate(candidates):
         started = time.perf_counter()
+        divergence = _divergence(candidate, candidates[at + 1 :], completions, asked, distributions)
         with candidate.policy.activate() as model:
             answers = _answers(model, tokenizer, asked, candidate.name, progress)
             logps = completion_logps(
@@ -115,7 +124,13 @@ def compare(
                 completions,
                 batch_size=asked.scoring_batch_size,
                 progress=_counter(progress, candidate.name, "demonstrations", len(completions)),
+                see=divergence.see,
             )
+            known, chosen = _general(model, general, asked.scoring_batch_size, choices)
+        if candidate.name == base:
+            choices = chosen
+        if divergence.kept:
+            distributions[candidate.policy.key] = divergence.kept
         measured[candidate.name] = Measured(
             answers,
             [
@@ -125,6 +140,8 @@ def compare(
             logps.tolist(),
             [completion.scored_tokens for completion in completions],
             _margins(candidate, pairs, asked.scoring_batch_size, scored, progress),
+            [divergence.nats[index] for index in sorted(divergence.nats)],
+            known,
         )
         seconds[candidate.name] = time.perf_counter() - started
     comparison = _summed_up(measured, asked.questions, seconds, base, seed)
@@ -141,6 +158,58 @@ def compare(
     )
 
 
+def _divergence(
+    candidate: Candidate,
+    later: Sequence[Candidate],
+    completions: Sequence[Completion],
+    asked: Asked,
+    distributions: dict[str, dict[int, torch.Tensor]],
+) -> Divergence:
+    """What measures the candidate's divergence; its reference is scored now, unless it was a candidate before.
+
+    Distributions that no later candidate needs are let go: each may take a quarter of a gigabyte.
+    """
+    keep = any(one.reference is not None and one.reference.key == candidate.policy.key for one in later)
+    reference = candidate.reference
+    if reference is None:
+        return Divergence(completions, None, keep=keep)
+    if reference.key not in distributions:
+        with reference.activate() as model:
+            first = completions[: fitting(completions, model.config.get_text_config().vocab_size)]
+            own = Divergence(first, None, keep=True)
+            completion_logps(model, first, batch_size=asked.scoring_batch_size, see=own.see)
+        distributions[reference.key] = own.kept
+    against = distributions[reference.key]
+    wanted = {one.reference.key for one in later if one.reference is not None}
+    for key in set(distributions) - wanted:
+        del distributions[key]
+    return Divergence(completions, against, keep=keep)
+
+
+def _general(
+    model: Any, general: Sequence[Completion], batch_size: int, choices: Sequence[torch.Tensor] | None
+) -> tuple[General | None, list[torch.Tensor]]:
+    """The regression set under a model, and its most likely token at each place.
+
+    Args:
+        model: see `completion_logps`.
+        general: reference answers, none of them without a token.
+        batch_size: completions at a time.
+        choices: the base's most likely tokens, to agree with.
+    """
+    if not general:
+        return None, []
+    chosen: dict[int, torch.Tensor] = {}
+    logps = completion_logps(
+        model, general, batch_size=batch_size, see=lambda at, logits: chosen.update({at: logits.argmax(dim=-1).cpu()})
+    )
+    ours = [chosen[at] for at in range(len(general))]
+    agreed = None
+    if choices is not None:
+        agreed = [int((own == other).sum()) for own, other in zip(ours, choices, strict=True)]
+    return General(logps.tolist(), [completion.scored_tokens for completion in general], agreed), ours
+
+
 def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Progress | None) -> list[Answer]:
     return generate(
         model,
@@ -148,6 +217,7 @@ def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Prog
         [question.prompt for question in asked.questions],
         max_new_tokens=asked.max_new_tokens,
         batch_size=asked.batch_size,
+        sampling=asked.sampling,
         tools=[question.tools for question in asked.questions],
         progress=_counter(progress, name, "answers", len(asked.questions)),
     )

@@ -1,12 +1,14 @@
-"""Answers: batched greedy decoding with a key-value cache, from a model's own chat template to plain text.
+"""Answers: batched decoding with a key-value cache, from a model's own chat template to plain text.
 
 The loop is written out because Transformers' `generate` fills whatever it is not told from the model's
 `generation_config` (temperature, repetition penalty, minimum length): greedy here is the most likely token
-and nothing else. It also takes a finished answer out of the batch, where `generate` computes it to the end.
+and nothing else, and drawing is what `Sampling` says and nothing else. It also takes a finished answer out of
+the batch, where `generate` computes it to the end.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,18 @@ from pipeline.evaluation.inference import evaluating, forward_parameters
 
 _MARK = "0a1b2c3d"
 """An answer that no chat template contains by itself."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Drawing tokens instead of taking the most likely one."""
+
+    temperature: float
+    """Above 0; logits are divided by it."""
+    top_p: float
+    """Only the most likely tokens that together have this probability are drawn from (Holtzman et al. 2020)."""
+    seed: int
+    """Each prompt has random numbers of its own, so an answer does not depend on what else is in its batch."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +55,10 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     tools: Sequence[Any] | None = None,
+    sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """The greedy answer to every prompt, in the order of the prompts.
+    """The answer to every prompt, in the order of the prompts: greedy, or drawn.
 
     In float32 an answer does not depend on what else is in its batch, rounding aside; in half precision two
     tokens of nearly equal probability may change places.
@@ -56,6 +71,7 @@ def generate(
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time; they are sorted by length, so that little is spent on padding.
         tools: the tools of each conversation.
+        sampling: how tokens are drawn; None: greedy.
         progress: called with the number of answers finished since the last call.
 
     Raises:
@@ -79,11 +95,34 @@ def generate(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for place, generated, ended in _decode(
-                model, [ids[index] for index in batch], stops, max_new_tokens, progress
+                model, [ids[index] for index in batch], stops, max_new_tokens, progress, _choosers(sampling, batch)
             ):
                 text = tokenizer.decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 answers[batch[place]] = Answer(text, len(generated), ended)
     return [answers[index] for index in range(len(ids))]
+
+
+_Chooser = Callable[[torch.Tensor], int]
+"""The logits `[V]` of one position to a token."""
+
+
+def _choosers(sampling: Sampling | None, prompts: Sequence[int]) -> list[_Chooser] | None:
+    return None if sampling is None else [_chooser(sampling, prompt) for prompt in prompts]
+
+
+def _chooser(sampling: Sampling, prompt: int) -> _Chooser:
+    """Draws by inverting the cumulative distribution: one uniform number a token, the prompt's own."""
+    numbers = random.Random(f"{sampling.seed}:{prompt}")  # noqa: S311 - not for secrets
+
+    def choose(logits: torch.Tensor) -> int:
+        probabilities, tokens = (logits.float() / sampling.temperature).softmax(dim=-1).sort(descending=True)
+        cumulative = probabilities.cumsum(dim=-1)
+        # The nucleus is every token before which less than `top_p` is gathered: the first always.
+        kept = int((cumulative - probabilities < sampling.top_p).sum())
+        mark = numbers.random() * float(cumulative[kept - 1])
+        return int(tokens[min(int((cumulative[:kept] <= mark).sum()), kept - 1)])
+
+    return choose
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -132,8 +171,12 @@ def _decode(
     stops: frozenset[int],
     max_new_tokens: int,
     progress: Callable[[int], None] | None,
+    choosers: Sequence[_Chooser] | None,
 ) -> list[tuple[int, list[int], bool]]:
-    """Decodes one batch: for each prompt its place, the generated ids, and whether it ended by itself."""
+    """Decodes one batch: for each prompt its place, the generated ids, and whether it ended by itself.
+
+    Greedy, unless each prompt has a chooser of its own.
+    """
     parameters = forward_parameters(model)
     ids, mask = _left_padded(prompts, model.device)
     # A token's position is the number of real tokens before it, so that padding moves nothing.
@@ -155,7 +198,12 @@ def _decode(
             arguments["use_cache"] = False
         output = model(**arguments)
         cache = output.get("past_key_values")
-        next_ids = output.logits[:, -1].argmax(dim=-1)
+        logits = output.logits[:, -1]
+        if choosers is None:
+            next_ids = logits.argmax(dim=-1)
+        else:
+            drawn = [choosers[row](own) for row, own in zip(rows, logits, strict=True)]
+            next_ids = torch.tensor(drawn, device=logits.device)
 
         kept = []
         for at, (row, token) in enumerate(zip(rows, next_ids.tolist(), strict=True)):

@@ -112,6 +112,18 @@ def mean(values: Sequence[float], *, seed: int) -> Estimate:
     return bootstrap(lambda rows: array[rows].mean(axis=1), len(array), seed=seed)
 
 
+def ratio(totals: Sequence[float], counts: Sequence[int], *, seed: int) -> Estimate:
+    """The sum of `totals` over the sum of `counts`, e.g. a figure a token, with its bootstrap interval over rows.
+
+    Raises:
+        ValueError: no rows, or not as many of both.
+    """
+    above, below = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if len(above) != len(below):
+        raise ValueError(f"a ratio needs as many totals as counts: {len(above)} and {len(below)}")
+    return bootstrap(lambda rows: above[rows].sum(axis=1) / below[rows].sum(axis=1), len(above), seed=seed)
+
+
 def bootstrap(statistic: Statistic, n: int, *, seed: int) -> Estimate:
     """`statistic` over n rows with its percentile bootstrap interval (Efron 1979), 2,000 resamples.
 

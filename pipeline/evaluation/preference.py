@@ -20,6 +20,9 @@ from pipeline.evaluation.intervals import Estimate, bootstrap
 PairLogps: TypeAlias = Callable[[Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
 """Pairs to the log-probabilities of the chosen and of the rejected completions, `[B]` each, in nats."""
 
+See: TypeAlias = Callable[[int, torch.Tensor], None]
+"""Called with a completion's index and the float32 logits `[n, V]` of its n scored tokens, on the model's device."""
+
 
 def completion_logps(
     model: Any,
@@ -27,6 +30,7 @@ def completion_logps(
     *,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
+    see: See | None = None,
 ) -> torch.Tensor:
     """The log π(completion | prompt), summed over the completion's tokens: `[B]` float32 nats on the CPU.
 
@@ -39,6 +43,7 @@ def completion_logps(
         completions: token ids.
         batch_size: sequences at a time.
         progress: called with the number of sequences scored since the last call.
+        see: shown what each token was predicted from.
     """
     keeps_logits = "logits_to_keep" in forward_parameters(model)
     logps = torch.zeros(len(completions))
@@ -54,18 +59,22 @@ def completion_logps(
             output = model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
             logits = output.logits[:, -kept:]  # [b, kept, V]; logits[:, j] predict position first + j
             for row, index in enumerate(batch):
-                logps[index] = _row_logp(logits[row], ids[row], completions[index], first)
+                own, targets = _scored(logits[row], ids[row], completions[index], first)
+                logps[index] = -torch.nn.functional.cross_entropy(own, targets, reduction="sum")
+                if see is not None:
+                    see(index, own)
             if progress is not None:
                 progress(len(batch))
     return logps
 
 
-def _row_logp(logits: torch.Tensor, ids: torch.Tensor, completion: Completion, first: int) -> torch.Tensor:
+def _scored(
+    logits: torch.Tensor, ids: torch.Tensor, completion: Completion, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float32 logits `[n, V]` of a completion's scored tokens, and the tokens `[n]`."""
     start = max(len(completion.prompt_ids), 1)
     end = len(completion.prompt_ids) + len(completion.completion_ids)
-    return -torch.nn.functional.cross_entropy(
-        logits[start - first : end - first].float(), ids[start:end], reduction="sum"
-    )
+    return logits[start - first : end - first].float(), ids[start:end]
 
 
 def _right_padded(completions: Sequence[Completion], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

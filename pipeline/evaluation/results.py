@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.judge import Judged
 from pipeline.evaluation.verdict import Verdict
 from pipeline.runs.files import write_json
 
@@ -65,18 +66,27 @@ class Comparison:
     verdict: Verdict | None = None
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What each tuned model is: `run` (its name, or the adapter's folder) and the adapter's `sha256`."""
+    judge: dict[str, dict[str, Judged]] = field(default_factory=dict)
+    """What the judge made of a model's answers against another's: by model, then by the other."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How answers were made: `prompts`, `max_new_tokens`, `temperature` (0: greedy), `top_p`, `seed`."""
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as `compare.json` holds it."""
         return {
             "models": list(self.models),
             "versions": self.versions,
+            "settings": self.settings,
             "base": self.base,
             "metrics": _plain(self.metrics),
             "deltas": _plain(self.deltas),
             "absent": self.absent,
             "seconds": {model: round(seconds, 3) for model, seconds in self.seconds.items()},
             "between": {model: _plain(others) for model, others in self.between.items()},
+            "judge": {
+                model: {other: judged.as_dict() for other, judged in others.items()}
+                for model, others in self.judge.items()
+            },
             "verdict": None if self.verdict is None else self.verdict.as_dict(),
             "pairs": [asdict(pair) for pair in self.pairs],
             "samples": [asdict(sample) for sample in self.samples],

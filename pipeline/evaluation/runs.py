@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,28 @@ from rich.progress import (
 from pipeline.data.check import load_rows
 from pipeline.data.rows import Preference
 from pipeline.data.tokenised import tokenize_preferences
-from pipeline.data.tokens import Pair
+from pipeline.data.tokens import Completion, Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.checks import checks_of
 from pipeline.evaluation.compare import Asked, Candidate, Policy, compare
+from pipeline.evaluation.generation import Sampling
+from pipeline.evaluation.judge import Judged, judge_pairs, key_of
 from pipeline.evaluation.questions import Question, completion_of, question_of
 from pipeline.evaluation.results import COMPARISON, Comparison, write_comparison
-from pipeline.experiment import Experiment
+from pipeline.evaluation.wording import last_said
+from pipeline.experiment import Experiment, Judge
 from pipeline.experiment_file import load_experiment
 from pipeline.model.adapter import adapter_sha256, attached, require_adapter
 from pipeline.model.base import load_base
+from pipeline.model.builtin import cache_directory
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
 from pipeline.training.start import find_adapter
 
 BASE = "base"
+_GENERAL = Path(__file__).resolve().parent.parent / "datasets" / "general" / "general.jsonl"
+"""The regression set; the link `pipeline/datasets` leads there."""
 
 
 def compare_runs(
@@ -48,6 +55,7 @@ def compare_runs(
     console: Console,
     *,
     with_base: bool = True,
+    with_judge: bool = True,
 ) -> Comparison:
     """Asks the base and every run the experiment's held-out questions; writes `compare.json` into the last run.
 
@@ -56,6 +64,7 @@ def compare_runs(
         experiment: whose base, questions and checks are used.
         root: where runs live; a DPO run's reference is found there.
         console: where progress is shown.
+        with_judge: lets the experiment's judge compare the answers, if it names one.
         with_base: also asks the base, and gives every difference to it.
 
     Raises:
@@ -64,6 +73,8 @@ def compare_runs(
     quiet_libraries()
     for run in runs:
         _require_finished(run)
+    if experiment.evaluation.judge is not None and with_judge:
+        key_of(experiment.evaluation.judge)  # missed now rather than after all answers are written
     questions = _questions(experiment)
     ground = prepare_ground(experiment, console.print)
     for run in runs:
@@ -83,8 +94,18 @@ def compare_runs(
             seed=experiment.seed,
             progress=ticking,
         )
+    evaluation = experiment.evaluation
+    if evaluation.judge is not None and with_judge:
+        comparison = _judged(evaluation.judge, comparison, experiment.seed, console)
+    settings = {
+        "prompts": evaluation.prompts,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "temperature": evaluation.temperature,
+        "top_p": evaluation.top_p,
+        "seed": experiment.seed,
+    }
     versions = {name: _version(run) for name, run in zip(names, runs, strict=True)}
-    comparison = replace(comparison, versions=versions)
+    comparison = replace(comparison, versions=versions, settings=settings)
     if isinstance(runs[-1], Run):
         write_comparison(runs[-1].path / COMPARISON, comparison)
         samples = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in comparison.as_dict()["samples"])
@@ -92,13 +113,35 @@ def compare_runs(
     return comparison
 
 
+def _judged(settings: Judge, comparison: Comparison, seed: int, console: Console) -> Comparison:
+    """The comparison with each version judged against the one before it."""
+    questions = [
+        sample.prompt
+        if isinstance(sample.prompt, str)
+        else "\n\n".join(f"{turn['role']}: {last_said([turn])}" for turn in sample.prompt)
+        for sample in comparison.samples
+    ]
+    found: dict[str, dict[str, Judged]] = {}
+    absent = dict(comparison.absent)
+    for earlier, name in pairwise(comparison.models):
+        ours, theirs = ([sample.outputs[model] for sample in comparison.samples] for model in (name, earlier))
+        console.print(f"judge: {name} against {earlier}", highlight=False)
+        try:
+            judged = judge_pairs(settings, questions, ours, theirs, cache=cache_directory() / "judge", seed=seed)
+        except PipelineError as error:  # everything else is measured by now, and is not thrown away
+            absent[name] = {**absent.get(name, {}), "judge": error.message}
+        else:
+            found[name] = {earlier: judged}
+    return replace(comparison, judge=found, absent=absent)
+
+
 def _version(run: Run | Path) -> dict[str, Any]:
     folder = run if isinstance(run, Path) else run.adapter
     return {"run": str(run) if isinstance(run, Path) else run.name, "sha256": adapter_sha256(folder)}
 
 
-def experiment_of(run: Run | Path) -> Experiment:
-    """The resolved experiment that a run keeps.
+def experiment_of(run: Run | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The resolved experiment that a run keeps, with `KEY=VALUE` overrides.
 
     Raises:
         PipelineError: a foreign adapter keeps none, or the file is damaged.
@@ -110,7 +153,7 @@ def experiment_of(run: Run | Path) -> Experiment:
             file=run,
             mend="name a run first, or give an experiment with --experiment",
         )
-    return load_experiment(run.path / "experiment.yaml").experiment
+    return load_experiment(run.path / "experiment.yaml", overrides).experiment
 
 
 def _require_finished(run: Run | Path) -> None:
@@ -160,8 +203,13 @@ def _asked(experiment: Experiment, tokenizer: Any, questions: list[Question]) ->
         shown = list(rows)
         if counted.dropped:
             shown = [row for row in shown if tokenize_preferences(tokenizer, [row], length)[0]]
+    sampling = None
+    if evaluation.temperature > 0:
+        sampling = Sampling(evaluation.temperature, evaluation.top_p, experiment.seed)
     return Asked(
         questions=questions,
+        sampling=sampling,
+        general=_general(tokenizer, experiment.sft.max_length) if evaluation.regression else (),
         checks=checks_of(evaluation),
         completions=[completion_of(tokenizer, one, experiment.sft.max_length) for one in questions],
         pairs=pairs,
@@ -169,6 +217,16 @@ def _asked(experiment: Experiment, tokenizer: Any, questions: list[Question]) ->
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
     )
+
+
+def _general(tokenizer: Any, max_length: int) -> list[Completion]:
+    """The regression set; as plain text where the model has no chat template."""
+    found = [question_of(row) for row in load_rows(_GENERAL, "demonstration").rows]
+    questions = [question for question in found if question is not None]
+    if tokenizer.chat_template is None:
+        texts = [(last_said(question.prompt), question.reference or "") for question in questions]
+        questions = [Question(f"{asked}\n", answer) for asked, answer in texts]
+    return [completion_of(tokenizer, question, max_length) for question in questions]
 
 
 def _names(runs: Sequence[Run | Path]) -> list[str]:

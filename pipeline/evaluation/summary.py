@@ -7,10 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.generation import Answer
-from pipeline.evaluation.intervals import Estimate, mean, proportion, proportion_difference
+from pipeline.evaluation.intervals import Estimate, mean, proportion, proportion_difference, ratio
 from pipeline.evaluation.preference import perplexity, perplexity_difference
+from pipeline.evaluation.repetition import repetition
 
 _NOT_FINITE = "not finite: log-probabilities of the model or of its reference overflow or are undefined"
+
+
+@dataclass(frozen=True)
+class General:
+    """The regression set, row by row."""
+
+    logps: Sequence[float]
+    """Of each reference answer, in nats."""
+    tokens: Sequence[int]
+    """How many tokens each has."""
+    agreed: Sequence[int] | None = None
+    """At how many of them the most likely token is the base's; None for the base itself."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +39,20 @@ class Measured:
     """How many tokens of each completion were scored."""
     margins: Sequence[float] | None
     """The reward margin of each held-out pair; None without a reference."""
+    kl: Sequence[float] = ()
+    """The divergence from the reference over the first so many completions, in nats each; empty without one."""
+    general: General | None = None
+    """What it made of the regression set."""
 
     @property
     def lengths(self) -> list[float]:
         """The tokens of each answer."""
         return [float(answer.tokens) for answer in self.answers]
+
+    @property
+    def repetitions(self) -> list[float]:
+        """Of each answer."""
+        return [repetition(answer.text) for answer in self.answers]
 
     @property
     def outcomes(self) -> dict[str, list[bool]]:
@@ -57,6 +79,14 @@ def figures(measured: Measured, *, seed: int) -> tuple[dict[str, Estimate], dict
         estimates["perplexity"] = perplexity(measured.logps, measured.tokens, seed=seed)
     if measured.answers:
         estimates["length_mean"] = mean(measured.lengths, seed=seed)
+        estimates["repetition"] = mean(measured.repetitions, seed=seed)
+    if measured.kl:
+        estimates["kl_to_reference"] = ratio(measured.kl, measured.tokens[: len(measured.kl)], seed=seed)
+    general = measured.general
+    if general is not None:
+        estimates["regression_perplexity"] = perplexity(general.logps, general.tokens, seed=seed)
+        if general.agreed is not None:
+            estimates["regression_agreement"] = ratio(general.agreed, general.tokens, seed=seed)
     absent = {name: _NOT_FINITE for name, estimate in estimates.items() if not estimate.finite}
     if "preference_margin" in absent:
         absent["preference_accuracy"] = _NOT_FINITE
@@ -77,6 +107,10 @@ def differences(measured: Measured, base: Measured, *, seed: int) -> dict[str, E
         estimates["perplexity"] = perplexity_difference(measured.logps, base.logps, measured.tokens, seed=seed)
     if measured.answers and base.answers:
         estimates["length_mean"] = mean(_less(measured.lengths, base.lengths), seed=seed)
+        estimates["repetition"] = mean(_less(measured.repetitions, base.repetitions), seed=seed)
+    if measured.general and base.general:
+        ours, theirs = measured.general, base.general
+        estimates["regression_perplexity"] = perplexity_difference(ours.logps, theirs.logps, ours.tokens, seed=seed)
     return _finite(estimates)
 
 

@@ -34,7 +34,21 @@ def print_comparison(comparison: Comparison, console: Console, *, samples: int =
         console.print()
         console.print(Text("prompt: ", style="bold").append(_shown(last_said(sample.prompt, "user")), style="not bold"))
         console.print(_sample(sample, comparison.models))
+    _print_judge(comparison, console)
     print_verdict(comparison, console)
+
+
+def _print_judge(comparison: Comparison, console: Console) -> None:
+    for model, others in comparison.judge.items():
+        for other, judged in others.items():
+            rate = judged.win_rate
+            share = "" if rate is None else f", {number_text(rate.value, 'judge')} % {interval_text(rate, 'judge')}"
+            failed = f", {judged.failed} not judged" if judged.failed else ""
+            console.print(
+                Text(f"judge: {model} against {other}: {judged.wins} won, {judged.ties} even, {judged.losses} lost")
+                .append(share)
+                .append(failed)
+            )
 
 
 def print_verdict(comparison: Comparison, console: Console) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 from pipeline.evaluation.intervals import Estimate, mean
 
 LOWER_IS_BETTER = frozenset({"perplexity", "repetition", "regression_perplexity"})
-NO_BETTER_SIDE = frozenset({"length_mean", "kl_to_reference", "preference_margin", "preference_accuracy"})
+NO_BETTER_SIDE = frozenset(
+    {"length_mean", "kl_to_reference", "preference_margin", "preference_accuracy", "regression_agreement"}
+)
 """Longer is not better, and the reward's figures of two stages are against two references."""
 STATED_BY_NOBODY = "ends_by_itself"
 """The one check that every comparison makes without being asked."""

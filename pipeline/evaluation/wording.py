@@ -15,8 +15,13 @@ _WORDS = {
     "preference_margin": "reward margin",
     "perplexity": "perplexity",
     "length_mean": "answer length, tokens",
+    "repetition": "repeats itself",
+    "kl_to_reference": "KL to its reference, nats",
+    "regression_perplexity": "general: perplexity",
+    "regression_agreement": "general: agrees with base",
+    "judge": "judgement",
 }
-_PLAIN = ("preference_margin", "perplexity", "length_mean")
+_PLAIN = ("preference_margin", "perplexity", "length_mean", "kl_to_reference", "regression_perplexity")
 """Metrics that are no shares."""
 
 

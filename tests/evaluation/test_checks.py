@@ -170,3 +170,29 @@ def test_a_field_that_no_reference_has() -> None:
 
 def test_strict_json_keeps_what_json_can_say() -> None:
     assert parse_json('{"a": [1, 2.5, "x", null, true]}') == {"a": [1, 2.5, "x", None, True]}
+
+
+@pytest.mark.parametrize(
+    ("check", "text", "holds"),
+    [
+        ({"must_contain": "a.c"}, "say a.c now", True),
+        ({"must_contain": "a.c"}, "say abc now", False),  # letter for letter, no pattern
+        ({"must_not_contain": "(soon"}, "soon", True),
+        ({"must_not_contain": "(soon"}, "(soon)", False),
+        ({"min_words": 2}, "one  two\nthree", True),
+        ({"min_words": 4}, "one  two\nthree", False),
+        ({"max_words": 3}, "one  two\nthree", True),
+        ({"max_words": 2}, "one  two\nthree", False),
+        ({"min_words": 1, "max_words": 2}, "", False),
+        ({"equals_reference": True}, " The answer.\n", True),
+        ({"equals_reference": True}, "the answer.", False),
+    ],
+)
+def test_every_kind_of_check(check: dict[str, Any], text: str, holds: bool) -> None:
+    checks = checks_of(Evaluation.model_validate({"checks": {"it": check}}))
+    assert check_answer(text, "The answer.", checks) == {"check/it": holds}
+
+
+def test_equality_needs_something_to_equal() -> None:
+    checks = checks_of(Evaluation.model_validate({"checks": {"it": {"equals_reference": True}}}))
+    assert check_answer("x", None, checks) == {}

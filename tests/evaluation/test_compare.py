@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from pipeline.data.rows import Preference
 from pipeline.data.tokens import Pair, tokenize_pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.checks import Checks, Rule
@@ -72,6 +74,7 @@ def asked(tiny_tokenizer: Any, conversations: list[Any]) -> Asked:
         questions=QUESTIONS,
         checks=Checks(match=("f",), rules={"no_e": Rule(re.compile("e"), must_match=False)}),
         completions=[completion_of(tiny_tokenizer, question) for question in QUESTIONS],
+        general=[completion_of(tiny_tokenizer, question) for question in QUESTIONS[:2]],
         pairs=[tokenize_pair(tiny_tokenizer, row) for row in conversations] + [Pair([1, 2], [], [])],
         max_new_tokens=12,
         batch_size=2,
@@ -90,8 +93,9 @@ def candidates(policies: dict[str, Policy]) -> list[Candidate]:
 
 def test_what_is_measured_of_whom(candidates: list[Candidate], tiny_tokenizer: Any, asked: Asked) -> None:
     comparison = compare(candidates, tiny_tokenizer, asked, base="base")
-    common = {"ends_by_itself", "match/f", "check/no_e", "perplexity", "length_mean"}
-    preferred = common | {"preference_accuracy", "preference_margin"}
+    general = {"regression_perplexity"}
+    common = {"ends_by_itself", "match/f", "check/no_e", "perplexity", "length_mean", "repetition"} | general
+    preferred = common | {"preference_accuracy", "preference_margin", "kl_to_reference", "regression_agreement"}
     assert comparison.models == ["base", "sft", "dpo"]
     assert {name: set(metrics) for name, metrics in comparison.metrics.items()} == {
         "base": common, "sft": preferred, "dpo": preferred
@@ -133,6 +137,69 @@ def test_figures_are_those_of_each_models_own(
         assert comparison.metrics[name]["preference_accuracy"].value == int((scores > 0).sum()) / 3
 
 
+def test_divergence_and_regression_are_those_of_each_models_own(
+    candidates: list[Candidate], policies: dict[str, Policy], tiny_tokenizer: Any, asked: Asked
+) -> None:
+    comparison = compare(candidates, tiny_tokenizer, asked, base="base")
+    logits: dict[str, list[torch.Tensor]] = {}
+    for name, policy in policies.items():
+        with policy.activate() as model, torch.no_grad():
+            logits[name] = [
+                model(input_ids=torch.tensor([one.prompt_ids + one.completion_ids])).logits[0, start:-1]
+                for one in asked.completions
+                if (start := len(one.prompt_ids) - 1)
+            ]
+    tokens = sum(one.scored_tokens for one in asked.completions)
+    for name, reference in (("sft", "base"), ("dpo", "sft")):
+        nats = [
+            torch.distributions.kl_divergence(
+                torch.distributions.Categorical(logits=ours), torch.distributions.Categorical(logits=theirs)
+            ).sum()
+            for ours, theirs in zip(logits[name], logits[reference], strict=True)
+        ]
+        found = comparison.metrics[name]["kl_to_reference"]
+        assert (found.value, found.n) == (pytest.approx(float(sum(nats)) / tokens, rel=1e-3), 3)
+        both = zip(logits[name], logits["base"], strict=True)
+        same = [(ours.argmax(-1) == theirs.argmax(-1)).sum() for ours, theirs in both]
+        agreed = comparison.metrics[name]["regression_agreement"]
+        expected = int(sum(same[:2])) / sum(one.scored_tokens for one in asked.general)
+        assert (agreed.value, agreed.n) == (pytest.approx(expected), 2)
+    # The general questions are the first two of the held-out ones here.
+    few = replace(asked, completions=asked.completions[:2])
+    alone = compare(candidates[:1], tiny_tokenizer, few).metrics["base"]
+    assert alone["regression_perplexity"].value == pytest.approx(alone["perplexity"].value, rel=1e-6)
+
+
+def test_a_reference_that_is_not_asked_is_scored_all_the_same(
+    candidates: list[Candidate], model: PeftModel, tiny_tokenizer: Any, asked: Asked
+) -> None:
+    every = compare(candidates, tiny_tokenizer, asked).metrics["dpo"]["kl_to_reference"]
+    alone = compare(candidates[2:], tiny_tokenizer, asked).metrics["dpo"]["kl_to_reference"]
+    assert alone.value == pytest.approx(every.value, rel=1e-5)
+    assert "regression_agreement" not in compare(candidates[2:], tiny_tokenizer, asked).metrics["dpo"]
+
+
+def test_pairs_and_differences_between_versions(
+    candidates: list[Candidate], tiny_tokenizer: Any, asked: Asked, conversations: list[Any]
+) -> None:
+    shown = replace(asked, preferences=[*conversations, Preference("dropped", "a", "b")])
+    comparison = compare(candidates, tiny_tokenizer, shown, base="base")
+    assert [pair.prompt for pair in comparison.pairs] == [row.prompt for row in conversations]
+    for name in ("sft", "dpo"):
+        margins = [pair.margins[name] for pair in comparison.pairs]
+        assert comparison.metrics[name]["preference_margin"].value == pytest.approx(sum(margins) / 3)
+    assert set(comparison.between) == {"sft", "dpo"}
+    assert set(comparison.between["dpo"]) == {"sft"}
+    assert comparison.between["sft"] == {}
+    between = comparison.between["dpo"]["sft"]
+    assert between["length_mean"].value == pytest.approx(
+        comparison.metrics["dpo"]["length_mean"].value - comparison.metrics["sft"]["length_mean"].value
+    )
+    assert not [name for name in between if name.startswith("preference_")]  # against two references
+    assert comparison.verdict is not None
+    assert set(comparison.verdict.scores) == {"base", "sft", "dpo"}
+
+
 def test_samples_hold_every_prompt(candidates: list[Candidate], tiny_tokenizer: Any, asked: Asked) -> None:
     comparison = compare(candidates, tiny_tokenizer, asked)
     assert [sample.prompt for sample in comparison.samples] == [question.prompt for question in QUESTIONS]
@@ -171,7 +238,9 @@ def test_a_model_that_diverged(
             parameter.data.fill_(float("nan"))
     comparison = compare(candidates, tiny_tokenizer, asked, base="base")
     assert set(comparison.absent) == {"dpo"}
-    assert set(comparison.absent["dpo"]) == {"perplexity", "preference_margin", "preference_accuracy"}
+    assert set(comparison.absent["dpo"]) == {
+        "perplexity", "preference_margin", "preference_accuracy", "kl_to_reference", "regression_perplexity"
+    }  # fmt: skip
     assert not set(comparison.absent["dpo"]) & set(comparison.metrics["dpo"])
     assert "perplexity" in comparison.deltas["sft"]
     assert "perplexity" not in comparison.deltas["dpo"]
@@ -202,3 +271,12 @@ def test_a_misspelt_field_stops_before_anything_is_asked(
     with pytest.raises(PipelineError, match="`g`"):
         compare(candidates, tiny_tokenizer, Asked(questions=QUESTIONS, checks=Checks(match=("f", "g"))))
     assert model.activations == {"base": 0, "sft": 0, "dpo": 0}
+
+
+def test_agreement_of_equal_models_is_whole(
+    candidates: list[Candidate], policies: dict[str, Policy], tiny_tokenizer: Any, asked: Asked
+) -> None:
+    twin = Candidate("twin", policies["base"], reference=policies["base"])
+    metrics = compare([candidates[0], twin], tiny_tokenizer, asked, base="base").metrics["twin"]
+    assert metrics["regression_agreement"].value == 1.0
+    assert metrics["kl_to_reference"].value == pytest.approx(0.0, abs=1e-6)

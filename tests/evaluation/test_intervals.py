@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from pipeline.evaluation.intervals import Estimate, bootstrap, mean, proportion, proportion_difference
+from pipeline.evaluation.intervals import Estimate, bootstrap, mean, proportion, proportion_difference, ratio
 
 
 @pytest.mark.parametrize(
@@ -136,3 +137,36 @@ def test_nothing_has_no_estimate() -> None:
         mean([], seed=0)
     with pytest.raises(ValueError, match="both sides: 1 and 2"):
         proportion_difference([True], [True, False])
+
+
+def test_a_ratio_is_of_the_sums_and_its_interval_that_of_scipy() -> None:
+    totals, counts = [1.0, 2.5, 0.2, 4.0, 3.3, 0.9, 2.2, 1.7], [3, 5, 1, 9, 4, 2, 6, 3]
+    found = ratio(totals, counts, seed=3)
+    assert found.value == pytest.approx(sum(totals) / sum(counts))
+    theirs = stats.bootstrap(
+        (np.array(totals), np.array(counts)),
+        lambda above, below, axis: above.sum(axis=axis) / below.sum(axis=axis),
+        paired=True, vectorized=True, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == (pytest.approx(theirs.low, abs=0.02), pytest.approx(theirs.high, abs=0.02))
+    with pytest.raises(ValueError, match="as many"):
+        ratio([1.0], [1, 2], seed=0)
+
+
+def test_wilson_is_that_of_scipy() -> None:
+    for n in (1, 7, 50, 400):
+        for successes in {0, 1, n // 3, n - 1, n}:
+            found = proportion([True] * successes + [False] * (n - successes))
+            theirs = stats.binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+            assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+def test_the_bootstrap_of_a_mean_is_that_of_scipy() -> None:
+    values = np.random.default_rng(5).gamma(2.0, size=60)  # skewed, so that the percentile interval is too
+    found = mean(values.tolist(), seed=3)
+    theirs = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    # Two bootstraps of 2,000 and 20,000 resamples: their ends differ by a few hundredths of the interval.
+    width = theirs.high - theirs.low
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.06 * width)
