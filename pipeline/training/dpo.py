@@ -32,7 +32,7 @@ from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
-from pipeline.training.engine.trainer import PreferenceTrainer
+from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
 from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
@@ -240,7 +240,8 @@ def run_dpo(
             trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])
             for at in range(0, len(proof_pairs), size)
         ]
-        refusal = trainer.share_prompts(batches[0], rounds=tolerance.drift > 0)
+        few = trainer.data_collator([pair._asdict() for pair in proof_pairs[:TRIAL_PAIRS]])
+        refusal = trainer.share_prompts(few, rounds=tolerance.drift > 0)
         if refusal is None:
             console.print("each prompt is computed once for both completions")
         else:
@@ -253,7 +254,7 @@ def run_dpo(
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
             highlight=False,
         )
-        words, trunk = trainer.keep_trunk(experiment.engine.trunk_cache, batches[0], cache_directory())
+        words, trunk = trainer.keep_trunk(experiment.engine.trunk_cache, few, cache_directory())
         if words is not None:
             console.print(words, highlight=False)
         weights_in = f"{ground.placement.dtype} on {ground.placement.device.type}, quantize {experiment.model.quantize}"

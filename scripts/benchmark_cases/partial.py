@@ -51,10 +51,6 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
         return model
 
     def own() -> Any:
-        policy = open_policy(preferences.load_model(), folder / "start", unfreeze)
-        for name, parameter in policy.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(False)
-        return policy
+        return open_policy(preferences.load_model(), folder / "start", unfreeze, adapter="frozen")
 
     return preferences.train_side(folder, side, precision, stage, unfreeze.learning_rate, stock, own)

@@ -114,7 +114,7 @@ def train_side(
     from pipeline.training.engine.head import compact_head
     from pipeline.training.engine.precision import multiplication
     from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
-    from pipeline.training.engine.trainer import PreferenceTrainer
+    from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
 
     quiet_libraries()
     warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def train_side(
             stack.enter_context(multiplication(precision, policy.device))
             trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
             trainer.opened_learning_rate = opened_rate
-            batch = trainer.data_collator([rows[at] for at in range(BATCH)])
+            batch = trainer.data_collator([rows[at] for at in range(TRIAL_PAIRS)])
             refusal = trainer.share_prompts(batch)
             assert refusal is None, refusal
             print(trainer.keep_trunk("auto", batch, folder)[0])

@@ -156,15 +156,18 @@ def precompute_reference(
         say(f"reference: cannot be kept in {store.folder}: {error}")
         scored = _scored(trainer, missing)
     everything: Logps = {}
-    for share in _gathered(trainer, {**found, **scored}):
+    account = {"scored": 0, "found": 0}
+    for share, anew in _gathered(trainer, ({**found, **scored}, len(missing))):
         everything.update(share)
+        account["scored"] += anew
+        account["found"] += len(share) - anew
     for name, some in digests.items():
         data = datasets[name]
         for at, column in enumerate(COLUMNS):
             data = data.add_column(column, [everything[digest][at] for digest in some])
         setattr(trainer, name, data)
     trainer.precompute_ref_logps = True
-    return {"scored": len(missing), "found": len(found)}
+    return account
 
 
 def _apart(trainer: Any, rows: Mapping[bytes, Any], found: Logps) -> float:
@@ -207,7 +210,7 @@ def _scored(trainer: Any, rows: Mapping[bytes, Any]) -> Logps:
     return scored
 
 
-def _gathered(trainer: Any, mine: Logps) -> Sequence[Logps]:
+def _gathered(trainer: Any, mine: tuple[Logps, int]) -> Sequence[tuple[Logps, int]]:
     if trainer.accelerator.num_processes == 1:
         return [mine]
     from accelerate.utils import gather_object

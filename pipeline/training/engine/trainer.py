@@ -18,6 +18,8 @@ from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
 from pipeline.training.keeper import Resumable
 from pipeline.training.stage import split_learning_rates
 
+TRIAL_PAIRS = 2
+"""On how many pairs a faster path is held against TRL's before it is taken; the proof goes on to hold it on more."""
 _PLACES = {"memory": "in memory", "disk": "in a file that goes with the run"}
 
 
