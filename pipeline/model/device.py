@@ -39,7 +39,8 @@ def place(device: str, dtype: str) -> Placement:
     """The placement for `model.device` and `model.dtype`, each possibly `auto`.
 
     `auto` takes CUDA, else MPS, else the CPU; bfloat16 where a GPU multiplies it natively, float32 elsewhere
-    (on a CPU bfloat16 puts visible noise into the loss, so it is a choice, not a default).
+    (on a CPU bfloat16 puts visible noise into the loss, so it is a choice, not a default). Of several processes on a
+    machine each takes the GPU that its launcher numbered it for.
 
     Raises:
         PipelineError: the named device is not there, or the precision does not train on it.

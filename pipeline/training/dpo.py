@@ -30,6 +30,7 @@ from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.trainer import PreferenceTrainer
+from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
@@ -169,6 +170,7 @@ def run_dpo(
     }
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
+    join_processes(ground.placement.device, console.print)
     require_same_ground(origin.name, origin.folder, sft_run, ground, experiment.model.quantize, console.print)
     pairs, data, accounts, set_aside = {}, [], [], []
     places: list[str] = []
@@ -212,7 +214,8 @@ def run_dpo(
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
         console.print(products, highlight=False)
-        write_set_aside(run.path, set_aside)
+        if is_first():
+            write_set_aside(run.path, set_aside)
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())
@@ -264,14 +267,17 @@ def run_dpo(
         if dry_run:
             found = say_dry_run(console, metrics, ground.placement)
             return Outcome(None, "finished", metrics, trainable, {"reference": reference, **found})
-        save_adapter(policy, ground.tokenizer, run.adapter)
+        if is_first():
+            save_adapter(policy, ground.tokenizer, run.adapter)
+        wait_for_first()
         # The trained model makes room: what was saved is judged on a base that this run never touched.
         del trainer, policy, base
         give_memory_back()
         fresh = load_base(ground.files, experiment.model, ground.placement)
         saved, start_again = (_reopened(fresh, folder, proof_pairs) for folder in (run.adapter, origin.folder))
         reference["saved"] = check_saved(saved, start_again, after, tolerance, stage.beta)
-        write_proof(run.path, proof_pairs, saved, start_again)
+        if is_first():
+            write_proof(run.path, proof_pairs, saved, start_again)
         console.print(
             f"proof: reference drift {reference['drift']:g} nats, frozen weights unchanged, "
             f"{len(trained_names) - len(reference['unmoved'])} of {len(trained_names)} trained tensors moved, "

@@ -26,6 +26,7 @@ from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.keeper import Resumable
+from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.stage import (
     Outcome,
     begin,
@@ -88,6 +89,7 @@ def run_sft(
     }
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
+    join_processes(ground.placement.device, console.print)
     datasets, data, accounts, set_aside = {}, [], [], []
     places: list[str] = []
     for use, rows in checked.items():
@@ -117,7 +119,8 @@ def run_sft(
         ),
         compact_head(),
     ):
-        write_set_aside(run.path, set_aside)
+        if is_first():
+            write_set_aside(run.path, set_aside)
         trainer = build_trainer(
             _Trainer,
             model=policy,
@@ -143,6 +146,8 @@ def run_sft(
         metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
-        save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        if is_first():
+            save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        wait_for_first()
         run.end("finished", adapter=hashes_of(run.adapter), files=run.files())
         return Outcome(run.path, run.status, metrics, trainable)

@@ -38,6 +38,7 @@ from pipeline.runs.run import Run, Stage, create_run, now, read_run
 from pipeline.tracking import Tracker, start_tracker
 from pipeline.training.callbacks import Guard, Recorder, Screen
 from pipeline.training.keeper import Keeper
+from pipeline.training.processes import Agreement, agree_on_run, is_first, require_processes
 from pipeline.trl_options import check_options
 
 _S = TypeVar("_S", Sft, Dpo)
@@ -212,13 +213,15 @@ def begin(
     """
     with tempfile.TemporaryDirectory() if dry_run else nullcontext(root) as where, ExitStack() as stack:
         if resumption is None:
-            run = create_run(Path(where), experiment.name, stage, dump_experiment(experiment), manifest)
-            stack.enter_context(locked(run.path))
+            resolved = dump_experiment(experiment)
+            run = agree_on_run(lambda: create_run(Path(where), experiment.name, stage, resolved, manifest))
         else:
-            run = resumption.run
+            run = agree_on_run(lambda: resumption.run)
+        if is_first():
             stack.enter_context(locked(run.path))
-            _go_on(resumption, experiment, manifest, say)
-        if dry_run:
+            if resumption is not None:
+                _go_on(resumption, experiment, manifest, say)
+        if dry_run or not is_first():
             tracker = Tracker(None, say)
         else:
             say(f"run: {run.path}")
@@ -309,6 +312,7 @@ def train(
     """
     from transformers import PrinterCallback
 
+    require_processes(trainer)
     guard, screen = Guard(), Screen(console, run.stage)
     ratio = unfreeze.learning_rate / trainer.args.learning_rate if unfreeze.opens else None
     if all(is_opened(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad):
@@ -316,12 +320,13 @@ def train(
     recorder = Recorder(run.metrics_file, tracker, ratio)
     checkpoint = None if resumption is None else resumption.checkpoint
     if checkpoint is not None:
-        recorder.go_back(checkpoint.counters["metrics"])
+        if is_first():
+            recorder.go_back(checkpoint.counters["metrics"])
         trainer.args.eval_on_start = False
     trainer.places = places
     trainer.keeper = Keeper(trainer, run, recorder, guard, console.print, checkpoint)
     trainer.remove_callback(PrinterCallback)
-    for callback in (guard, recorder, trainer.keeper, screen):
+    for callback in (Agreement(guard), guard, recorder, trainer.keeper, screen):
         trainer.add_callback(callback)
     try:
         with guard.listening():
@@ -330,7 +335,7 @@ def train(
         guard.interrupted = True
     finally:
         screen.close()
-        run.update(metrics=recorder.last, micro_batches_cut_in=trainer.pieces)
+        run.update(metrics=recorder.last, micro_batches_cut_in=trainer.pieces, processes=trainer.args.world_size)
     if guard.failure is not None:
         raise guard.failure
     if guard.interrupted:
