@@ -25,6 +25,7 @@ from pipeline.training.arguments import sft_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.padding_free import leave_padding_out
+from pipeline.training.engine.precision import multiplication
 from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.stage import (
@@ -118,7 +119,9 @@ def run_sft(
             tracker,
         ),
         compact_head(),
+        multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
+        console.print(products, highlight=False)
         if is_first():
             write_set_aside(run.path, set_aside)
         trainer = build_trainer(
@@ -142,7 +145,10 @@ def run_sft(
             console.print(f"batches keep their padding: {why_padded}", highlight=False)
         trainable = trainable_of(trainer.model)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
-        run.update(trainable=trainable.as_dict(), engine={"padding_free": why_padded is None})
+        run.update(
+            trainable=trainable.as_dict(),
+            engine={"products": products, "padding_free": why_padded is None, "refusal": why_padded},
+        )
         metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
