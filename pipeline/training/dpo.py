@@ -24,6 +24,7 @@ from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy
 from pipeline.model.scope import trainable_of
+from pipeline.plan.fit import settle_checkpointing
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.training.arguments import dpo_config
@@ -188,6 +189,14 @@ def run_dpo(
     if dry_run:
         stage = dry_run_of(stage)
         datasets = {"train": longest(datasets["train"], stage, _pair_length)}
+    stage = settle_checkpointing(
+        stage,
+        experiment,
+        ground.files,
+        ground.placement,
+        [_sequence_and_positions(row) for row in datasets["train"]],
+        console.print,
+    )
 
     base = load_base(ground.files, experiment.model, ground.placement)
     unfreeze, pointer = experiment.unfreeze_of("dpo")
@@ -296,6 +305,11 @@ def _reopened(base: Any, folder: Path, pairs: list[Pair]) -> torch.Tensor:
 
 def _pair_length(row: dict[str, Any]) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def _sequence_and_positions(row: dict[str, Any]) -> tuple[int, int]:
+    chosen, rejected = len(row["chosen_ids"]), len(row["rejected_ids"])
+    return len(row["prompt_ids"]) + max(chosen, rejected), chosen + rejected
 
 
 def _is_plain_sigmoid(trainer: PreferenceTrainer) -> bool:

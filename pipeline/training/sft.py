@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
-from trl import SFTTrainer
 
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
+from pipeline.data.masks import IGNORED
 from pipeline.data.tokenised import label_demonstrations, require_usable
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment
@@ -20,10 +19,11 @@ from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
+from pipeline.plan.fit import settle_checkpointing
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.training.arguments import sft_config
+from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.head import compact_head
-from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.keeper import Resumable
@@ -42,19 +42,12 @@ from pipeline.training.stage import (
     say_dry_run,
     say_trainable,
     split_files,
-    split_learning_rates,
     train,
 )
 
 
-class _Trainer(Resumable, MicroBatches, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with a learning rate of their own for opened weights."""
-
-    opened_learning_rate: float
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        optimizer = super().create_optimizer(model)
-        return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
+class _Trainer(Resumable, DemonstrationTrainer):  # type: ignore[misc]
+    """The engine's trainer, with checkpoints that it can be resumed from."""
 
 
 def run_sft(
@@ -106,6 +99,14 @@ def run_sft(
     if dry_run:
         stage = dry_run_of(stage)
         datasets = {"train": longest(datasets["train"], stage, lambda row: len(row["input_ids"]))}
+    stage = settle_checkpointing(
+        stage,
+        experiment,
+        ground.files,
+        ground.placement,
+        [(len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])) for row in datasets["train"]],
+        console.print,
+    )
 
     base = load_base(ground.files, experiment.model, ground.placement)
     unfreeze, pointer = experiment.unfreeze_of("sft")

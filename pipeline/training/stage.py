@@ -416,8 +416,8 @@ def machine_failure(error: Exception) -> PipelineError | None:
         return PipelineError(
             "the memory does not hold a training step",
             code="out-of-memory",
-            mend="halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, lower `max_length`, "
-            "or set `gradient_checkpointing: true`; --dry-run tries the longest rows first",
+            mend="set `gradient_checkpointing: true`, or lower `max_length` or, with several processes, "
+            "`per_device_train_batch_size`; --dry-run tries the longest rows first",
             exit_code=ExitCode.MACHINE,
         )
     # safetensors and torch write with their own hands, and say what the system said in their own words.
