@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,33 +30,41 @@ if TYPE_CHECKING:
 
 Answer = tuple[dict[str, Any], ExitCode]
 """What a command returns: its JSON, and its exit code."""
+_PATIENCE = 10.0
+"""Seconds in which the first of several processes says what is wrong: one that ends before has `torchrun` end all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (`ExitCode`)."""
     arguments = _parser().parse_args(argv)
-    as_json = arguments.format == "json"
+    # Of several processes, which `torchrun` starts for one run, the first one speaks.
+    first = os.environ.get("RANK", "0") == "0"
+    as_json = arguments.format == "json" and first
     from rich.console import Console
 
     # With --format json, stdout is one JSON object's: people, and libraries that print, get stderr.
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = Console(stderr=as_json, soft_wrap=True, quiet=not first)
     with ExitStack() as stack:
         stack.enter_context(_stoppable())
         if as_json:
             stack.enter_context(redirect_stdout(sys.stderr))
         try:
+            _require_one_process(arguments)
             answer, code = arguments.command(arguments, console)
         except PipelineError as error:
             if arguments.debug:
                 raise
             answer, code = _refused(error), error.exit_code
-            if not as_json:
+            if not first and code != ExitCode.MACHINE:
+                _wait_for_the_first()
+            elif not as_json:
                 _print_error(error, arguments.format)
         except KeyboardInterrupt:
             if arguments.debug:
                 raise
             answer, code = {"ok": False, "errors": []}, ExitCode.INTERRUPTED
-            sys.stderr.write("interrupted\n")
+            if first:
+                sys.stderr.write("interrupted\n")
         except BrokenPipeError:
             # The reader of our output has gone (`| head`); there is nobody left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             mend = "this is a defect: run it again with --debug and report what it prints"
             defect = PipelineError(message, code="internal", mend=mend, exit_code=ExitCode.WRONG)
             answer, code = _refused(defect), defect.exit_code
-            if not as_json:
+            if not first:
+                _wait_for_the_first()
+            elif not as_json:
                 _print_error(defect)
     if as_json:
         sys.stdout.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
@@ -90,6 +101,26 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait_for_the_first() -> None:
+    """Another process than the first waits until that one has said what is wrong: ending ends all of them."""
+    with suppress(KeyboardInterrupt):
+        time.sleep(_PATIENCE)
+
+
+def _require_one_process(arguments: argparse.Namespace) -> None:
+    """Only a stage is trained by several processes.
+
+    Raises:
+        PipelineError: `torchrun` started several of another command.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in (_sft, _dpo):
+        raise PipelineError(
+            "several processes train a stage; this command is for one",
+            code="several-processes",
+            mend="run `sft` and `dpo` with torchrun, and this command without it",
+        )
 
 
 def _refused(error: PipelineError) -> dict[str, Any]:

@@ -239,7 +239,8 @@ class _Stage(_Section):
     per_device_train_batch_size: PositiveInt = 8
     per_device_eval_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Computes activations again in the backward pass and keeps few; `auto`: where the memory does not hold them."""
     max_length: PositiveInt = 1024
     """Tokens; a longer row is cut at its end."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

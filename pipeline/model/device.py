@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,7 +40,8 @@ def place(device: str, dtype: str) -> Placement:
     """The placement for `model.device` and `model.dtype`, each possibly `auto`.
 
     `auto` takes CUDA, else MPS, else the CPU; bfloat16 where a GPU multiplies it natively, float32 elsewhere
-    (on a CPU bfloat16 puts visible noise into the loss, so it is a choice, not a default).
+    (on a CPU bfloat16 puts visible noise into the loss, so it is a choice, not a default). Of several processes on a
+    machine each takes the GPU that its launcher numbered it for.
 
     Raises:
         PipelineError: the named device is not there, or the precision does not train on it.
@@ -95,3 +97,26 @@ def _own_gpu() -> int:
             mend="start as many processes as there are GPUs",
         )
     return int(rank)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on `device`; None where the system does not say.
+
+    On a CPU the memory is shared by the processes that a launcher started on the machine.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        free = min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        pass
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.model.base import BaseFiles
 from pipeline.model.device import Placement, place
 from pipeline.model.ground import quiet_libraries
 from pipeline.model.scope import Trainable, trainable_of
+from pipeline.plan.fit import settle_checkpointing
 from pipeline.plan.memory import Memory, memory_of
 from pipeline.plan.outline import find_config, outline
 from pipeline.plan.rhythm import Rows, Steps, checkpoints_kept, count_rows, largest_batch, steps_of
@@ -36,6 +38,8 @@ class StagePlan:
     batch: Batch
     """The largest one."""
     memory: Memory
+    checkpointing: bool
+    """Whether activations are computed again in the backward pass."""
     checkpoints: int | None
     speed: Speed | None
 
@@ -73,6 +77,7 @@ class StagePlan:
             "memory_bytes": memory.total,
             "memory": memory.parts(),
             "memory_why_unknown": memory.why_unknown,
+            "gradient_checkpointing": self.checkpointing,
             "disk": {
                 "adapter": saved,
                 "checkpoint": memory.checkpoint,
@@ -131,16 +136,26 @@ def plan(experiment: Experiment, root: Path, console: Console, *, stage: Stage |
     quiet_libraries()
     placement = place(experiment.model.device, experiment.model.dtype)
     files = find_config(experiment.model, tokenizer=any(named.values()))
-    stages = {name: _plan_stage(experiment, name, files, placement, root) for name in wanted}
+    stages = {name: _plan_stage(experiment, name, files, placement, root, console.print) for name in wanted}
     on_cpu = placement.device.type == "cpu"
     return Plan(stage, files.id, placement.describe(), peak_memory(placement) if on_cpu else None, stages)
 
 
-def _plan_stage(experiment: Experiment, stage: Stage, files: BaseFiles, placement: Placement, root: Path) -> StagePlan:
-    settings = experiment.sft if stage == "sft" else experiment.dpo
+def _plan_stage(
+    experiment: Experiment,
+    stage: Stage,
+    files: BaseFiles,
+    placement: Placement,
+    root: Path,
+    say: Callable[[str], None],
+) -> StagePlan:
+    settings: Sft | Dpo = experiment.sft if stage == "sft" else experiment.dpo
     made = outline(files, experiment, stage, placement.dtype)
     trainable = trainable_of(made.policy)
     rows = count_rows(experiment, stage, files)
+    unknown = (settings.max_length, settings.max_length * (2 if stage == "dpo" else 1))
+    lengths = rows.lengths or (unknown,) * settings.per_device_train_batch_size
+    settings = settle_checkpointing(settings, experiment, files, placement, lengths, say)
     args = _arguments(settings, experiment.seed, placement)
     steps = steps_of(rows.used, args)
     batch = largest_batch(rows, args, dpo=stage == "dpo")
@@ -154,6 +169,7 @@ def _plan_stage(experiment: Experiment, stage: Stage, files: BaseFiles, placemen
         steps=steps,
         batch=batch,
         memory=memory_of(made, batch, args, placement, dpo=stage == "dpo"),
+        checkpointing=args.activation_checkpointing,
         checkpoints=checkpoints_kept(steps, args),
         speed=measured_speed(root, experiment.name, stage, base, placement.describe()),
     )

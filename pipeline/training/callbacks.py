@@ -117,6 +117,11 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         self._not_finite: str | None = None
         self._rows: list[str] = []
 
+    @property
+    def not_finite(self) -> str | None:
+        """The figure of the running step that is NaN or infinite; None where none is."""
+        return self._not_finite
+
     def note_not_finite(self, figure: str, rows: list[str]) -> None:
         """A figure of the running step is NaN or infinite.
 

@@ -26,6 +26,7 @@ from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy
 from pipeline.model.scope import trainable_of
+from pipeline.plan.fit import settle_checkpointing
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.tracking import require_tracking
@@ -34,6 +35,7 @@ from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
 from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
+from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
@@ -176,6 +178,7 @@ def run_dpo(
     questions = sample_questions(experiment, checked["eval"].rows if "eval" in checked else [])
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
+    join_processes(ground.placement.device, console.print)
     require_same_ground(origin.name, origin.folder, sft_run, ground, experiment.model.quantize, console.print)
     pairs, data, accounts, set_aside = {}, [], [], []
     places: list[str] = []
@@ -193,6 +196,14 @@ def run_dpo(
     if dry_run:
         stage = dry_run_of(stage)
         datasets = {"train": longest(datasets["train"], stage, _pair_length)}
+    stage = settle_checkpointing(
+        stage,
+        experiment,
+        ground.files,
+        ground.placement,
+        [_sequence_and_positions(row) for row in datasets["train"]],
+        console.print,
+    )
 
     base = load_base(ground.files, experiment.model, ground.placement)
     unfreeze, pointer = experiment.unfreeze_of("dpo")
@@ -219,7 +230,8 @@ def run_dpo(
     ):
         console.print(products.words, highlight=False)
         tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize, rounds=products.round)
-        write_set_aside(run.path, set_aside)
+        if is_first():
+            write_set_aside(run.path, set_aside)
         trainable = trainable_of(policy)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())
@@ -289,14 +301,17 @@ def run_dpo(
         if dry_run:
             found = say_dry_run(console, metrics, ground.placement)
             return Outcome(None, "finished", metrics, trainable, {"reference": reference, **found})
-        save_adapter(policy, ground.tokenizer, run.adapter)
+        if is_first():
+            save_adapter(policy, ground.tokenizer, run.adapter)
+        wait_for_first()
         # The trained model makes room: what was saved is judged on a base that this run never touched.
         del trainer, policy, base
         give_memory_back()
         fresh = load_base(ground.files, experiment.model, ground.placement)
         saved, start_again = (_reopened(fresh, folder, proof_pairs) for folder in (run.adapter, origin.folder))
         reference["saved"] = check_saved(saved, start_again, after, tolerance, stage.beta)
-        write_proof(run.path, proof_pairs, saved, start_again)
+        if is_first():
+            write_proof(run.path, proof_pairs, saved, start_again)
         console.print(
             f"proof: reference drift {reference['drift']:g} nats, frozen weights unchanged, "
             f"{len(trained_names) - len(reference['unmoved'])} of {len(trained_names)} trained tensors moved, "
@@ -315,6 +330,11 @@ def _reopened(base: Any, folder: Path, pairs: list[Pair]) -> torch.Tensor:
 
 def _pair_length(row: dict[str, Any]) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def _sequence_and_positions(row: dict[str, Any]) -> tuple[int, int]:
+    chosen, rejected = len(row["chosen_ids"]), len(row["rejected_ids"])
+    return len(row["prompt_ids"]) + max(chosen, rejected), chosen + rejected
 
 
 def _is_plain_sigmoid(trainer: PreferenceTrainer) -> bool:

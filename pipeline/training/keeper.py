@@ -28,6 +28,7 @@ from pipeline.runs.files import ADAPTER_WEIGHTS, write_atomically
 from pipeline.runs.run import Run
 from pipeline.training.callbacks import Guard, Recorder
 from pipeline.training.generators import generator_states, set_generator_states
+from pipeline.training.processes import is_first
 
 _GENERATORS = "generators.pt"
 
@@ -264,7 +265,8 @@ class Resumable:
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.keeper.save()
+        if is_first():
+            self.keeper.save()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.keeper.load_policy(Path(resume_from_checkpoint))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
-from trl import SFTTrainer
 
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
+from pipeline.data.masks import IGNORED
 from pipeline.data.tokenised import label_demonstrations, require_usable
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment
@@ -20,13 +19,15 @@ from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
+from pipeline.plan.fit import settle_checkpointing
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.tracking import require_tracking
 from pipeline.training.arguments import sft_config
+from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.head import compact_head
-from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.padding_free import leave_padding_out
-from pipeline.training.keeper import Resumable
+from pipeline.training.engine.precision import multiplication
+from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.stage import (
     Outcome,
     begin,
@@ -41,21 +42,9 @@ from pipeline.training.stage import (
     say_dry_run,
     say_trainable,
     split_files,
-    split_learning_rates,
     train,
 )
-from pipeline.training.watch.evaluation import UnfeltEvaluation
 from pipeline.training.watch.samples import sample_questions
-
-
-class _Trainer(Resumable, UnfeltEvaluation, MicroBatches, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with a learning rate of their own for opened weights."""
-
-    opened_learning_rate: float
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        optimizer = super().create_optimizer(model)
-        return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
 
 
 def run_sft(
@@ -93,6 +82,7 @@ def run_sft(
     questions = sample_questions(experiment, checked["eval"].rows if "eval" in checked else [])
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
+    join_processes(ground.placement.device, console.print)
     datasets, data, accounts, set_aside = {}, [], [], []
     places: list[str] = []
     for use, rows in checked.items():
@@ -108,6 +98,14 @@ def run_sft(
     if dry_run:
         stage = dry_run_of(stage)
         datasets = {"train": longest(datasets["train"], stage, lambda row: len(row["input_ids"]))}
+    stage = settle_checkpointing(
+        stage,
+        experiment,
+        ground.files,
+        ground.placement,
+        [(len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])) for row in datasets["train"]],
+        console.print,
+    )
 
     base = load_base(ground.files, experiment.model, ground.placement)
     unfreeze, pointer = experiment.unfreeze_of("sft")
@@ -121,10 +119,13 @@ def run_sft(
             tracker,
         ),
         compact_head(),
+        multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
-        write_set_aside(run.path, set_aside)
+        console.print(products.words, highlight=False)
+        if is_first():
+            write_set_aside(run.path, set_aside)
         trainer = build_trainer(
-            _Trainer,
+            DemonstrationTrainer,
             model=policy,
             args=sft_config(
                 stage,
@@ -139,17 +140,22 @@ def run_sft(
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
         trainer.say = console.print
-        why_padded = leave_padding_out(trainer)
+        why_padded = leave_padding_out(trainer, rounds=products.round)
         if why_padded is not None:
             console.print(f"batches keep their padding: {why_padded}", highlight=False)
         trainable = trainable_of(trainer.model)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
-        run.update(trainable=trainable.as_dict(), engine={"padding_free": why_padded is None})
+        run.update(
+            trainable=trainable.as_dict(),
+            engine={"products": products.words, "padding_free": why_padded is None, "refusal": why_padded},
+        )
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
-        save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        if is_first():
+            save_adapter(trainer.model, ground.tokenizer, run.adapter)
+        wait_for_first()
         run.end("finished", adapter=hashes_of(run.adapter), files=run.files())
         return Outcome(run.path, run.status, metrics, trainable)

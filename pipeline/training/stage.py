@@ -39,6 +39,7 @@ from pipeline.runs.run import Run, Stage, create_run, now, read_run
 from pipeline.tracking import Mirrors, TensorBoard, start_tracker
 from pipeline.training.callbacks import Guard, Recorder
 from pipeline.training.keeper import Keeper
+from pipeline.training.processes import Agreement, agree_on_run, is_first, require_processes
 from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.watch.history import Setting
 from pipeline.training.watch.samples import Sampler
@@ -218,14 +219,16 @@ def begin(
     """
     with tempfile.TemporaryDirectory() if dry_run else nullcontext(root) as where, ExitStack() as stack:
         if resumption is None:
-            run = create_run(Path(where), experiment.name, stage, dump_experiment(experiment), manifest)
-            stack.enter_context(locked(run.path))
+            resolved = dump_experiment(experiment)
+            run = agree_on_run(lambda: create_run(Path(where), experiment.name, stage, resolved, manifest))
         else:
-            run = resumption.run
+            run = agree_on_run(lambda: resumption.run)
+        if is_first():
             stack.enter_context(locked(run.path))
-            _go_on(resumption, experiment, manifest, say)
+            if resumption is not None:
+                _go_on(resumption, experiment, manifest, say)
         tracker = Mirrors()
-        if not dry_run:
+        if is_first() and not dry_run:
             say(f"run: {run.path}")
             wandb = start_tracker(
                 experiment.tracking.wandb,
@@ -320,6 +323,7 @@ def train(
     """
     from transformers import PrinterCallback
 
+    require_processes(trainer)
     rate = trainer.args.learning_rate
     ratio = unfreeze.learning_rate / rate if unfreeze.opens else None
     if all(is_opened(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad):
@@ -328,7 +332,8 @@ def train(
     recorder = Recorder(run.metrics_file, tracker, ratio)
     checkpoint = None if resumption is None else resumption.checkpoint
     if checkpoint is not None:
-        recorder.go_back(checkpoint.counters["metrics"])
+        if is_first():
+            recorder.go_back(checkpoint.counters["metrics"])
         trainer.args.eval_on_start = False
     trainer.places = places
     trainer.keeper = Keeper(trainer, run, recorder, guard, console.print, checkpoint)
@@ -343,7 +348,7 @@ def train(
         say=console.print,
     )
     trainer.remove_callback(PrinterCallback)
-    for callback in (guard, recorder, trainer.keeper, watcher, screen):
+    for callback in (Agreement(guard), guard, recorder, trainer.keeper, watcher, screen):
         trainer.add_callback(callback)
     try:
         with guard.listening():
@@ -352,7 +357,7 @@ def train(
         guard.interrupted = True
     finally:
         screen.close()
-        run.update(metrics=recorder.last, micro_batches_cut_in=trainer.pieces)
+        run.update(metrics=recorder.last, micro_batches_cut_in=trainer.pieces, processes=trainer.args.world_size)
     if guard.failure is not None:
         raise guard.failure
     if guard.interrupted:
@@ -443,8 +448,8 @@ def machine_failure(error: Exception) -> PipelineError | None:
         return PipelineError(
             "the memory does not hold a training step",
             code="out-of-memory",
-            mend="halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, lower `max_length`, "
-            "or set `gradient_checkpointing: true`; --dry-run tries the longest rows first",
+            mend="set `gradient_checkpointing: true`, or lower `max_length` or, with several processes, "
+            "`per_device_train_batch_size`; --dry-run tries the longest rows first",
             exit_code=ExitCode.MACHINE,
         )
     # safetensors and torch write with their own hands, and say what the system said in their own words.

@@ -33,6 +33,12 @@ def read_trained(run: Path) -> Trained:
 
 
 @pytest.fixture
+def trained() -> Callable[[Path], Trained]:
+    """Reads what a run left."""
+    return read_trained
+
+
+@pytest.fixture
 def fourteen(tiny_data: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     """Fourteen rows of each kind: in batches of eight the last one is of six, in micro-batches of four and two."""
     files = {}

@@ -71,6 +71,30 @@ class MicroBatches:
         self._tokens = self._total_train_tokens
         return samples, items
 
+    def _get_num_items_in_batch(self: Any, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Transformers' count of the tokens in a step, after taking out what the last one of an epoch repeats."""
+        state, args = self.accelerator.gradient_state, self.args
+        repeats = args.world_size > 1 and state.end_of_dataloader and not args.dataloader_drop_last
+        if repeats and batch_samples and not self.mean_over_rows and args.train_sampling_strategy != "batch_rebalance":
+            batch_samples[-1] = self._own_part(batch_samples[-1], state.remainder)
+        return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+
+    def _own_part(self: Any, batch: dict[str, Any], remainder: int) -> dict[str, Any]:
+        """The rows of an epoch's last batch that are this process's: Accelerate fills it up with the epoch's first.
+
+        Args:
+            batch: as the loader gave it.
+            remainder: rows that are left for all processes together; 0: the batch is full.
+        """
+        rows = batch[ROWS].rows
+        own = min(max(remainder - self.args.process_index * len(rows), 0), len(rows))
+        if remainder == 0 or own == len(rows):
+            return batch
+        part = KeepRows(self.data_collator)(rows[: max(own, 1)])
+        if own == 0:  # the others wait for this process's gradients all the same
+            part["labels"].fill_(-100)
+        return part
+
     def training_step(self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, forward and backward; in smaller parts, with all before it in this step, if it must be.
 
