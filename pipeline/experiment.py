@@ -459,6 +459,11 @@ class Tracking(_Section):
     """Where metrics go beside the run folder."""
 
     wandb: Wandb = Wandb()
+    tensorboard: bool = False
+    """Writes the same figures as event files to `tensorboard/` in the run folder; needs the package `tensorboard`."""
+    samples: NonNegativeInt = 4
+    """How many held-out prompts are answered at each evaluation, to be looked at: the first of `evaluation.prompts`, or
+    of the stage's own held-out rows. Greedy, up to `evaluation.max_new_tokens`. 0: none."""
 
 
 class Experiment(_Section):

@@ -1,19 +1,22 @@
-"""Weights & Biases, kept at arm's length: it mirrors `metrics.jsonl`, and never blocks or ends a run.
+"""Where a run's figures go beside its folder: Weights & Biases, and TensorBoard where it is asked for.
 
-Whatever goes wrong in it is said once, and the run goes on without it. The resolved experiment and the manifest
+W&B is kept at arm's length: it mirrors `metrics.jsonl`, and never blocks or ends a run. Whatever goes wrong in it is
+said once, and the run goes on without it. The resolved experiment and the manifest
 are handed over; what W&B would gather by itself (environment, code, git remotes, console) stays here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from pipeline.experiment import Wandb
+from pipeline.errors import PipelineError
+from pipeline.experiment import Tracking, Wandb
 
 _INIT_TIMEOUT = 30.0
 """Seconds that W&B may take to answer before the run is kept offline."""
@@ -62,6 +65,26 @@ class Tracker:
         """The metrics of one logged step, under the names they have in `metrics.jsonl`."""
         self._guarded(lambda run: run.log(metrics, step=step))
 
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """How some values of one evaluation are spread."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Histogram(list(values))}, step=step)
+
+        self._guarded(send)
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table of one evaluation."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
+
+        self._guarded(send)
+
     def finish(self, manifest: dict[str, Any]) -> None:
         """Hands over the manifest and ends the W&B run with its status."""
 
@@ -80,6 +103,83 @@ class Tracker:
         except Exception as error:
             self._say(f"W&B stopped ({type(error).__name__}); the run goes on, metrics.jsonl holds everything")
             self._run = None
+
+
+class TensorBoard:
+    """Event files of one run, for `tensorboard --logdir`.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """The figures of one logged step, under the names they have in `metrics.jsonl`."""
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """How some values of one evaluation are spread."""
+        import numpy as np
+
+        self._writer.add_histogram(name, np.asarray(values), step)
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table of one evaluation, as text."""
+        texts = ["\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)) for row in rows]
+        # Indented by four, text is taken literally by TensorBoard, whatever the model wrote.
+        self._writer.add_text(name, "\n\n---\n\n".join("    " + text.replace("\n", "\n    ") for text in texts), step)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Writes what is still in memory."""
+        self._writer.close()
+
+
+class Mirrors:
+    """Every place that a run's figures go to."""
+
+    def __init__(self, *mirrors: Tracker | TensorBoard) -> None:
+        self._mirrors = mirrors
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """The metrics of one logged step, under the names they have in `metrics.jsonl`."""
+        for mirror in self._mirrors:
+            mirror.log(step, metrics)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """How some values of one evaluation are spread."""
+        for mirror in self._mirrors:
+            mirror.histogram(step, name, values)
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table of one evaluation: names of the columns, and rows of plain values."""
+        for mirror in self._mirrors:
+            mirror.table(step, name, columns, rows)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Ends them all, with the run's last manifest."""
+        for mirror in self._mirrors:
+            mirror.finish(manifest)
+
+
+def require_tracking(settings: Tracking) -> None:
+    """What is asked for has to be installed.
+
+    Raises:
+        PipelineError: TensorBoard is asked for, and is not.
+    """
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise PipelineError(
+            "`tracking.tensorboard` needs TensorBoard, which is not installed",
+            code="missing-package",
+            pointer="/tracking/tensorboard",
+            mend='pip install tensorboard, or "preference-pipeline[tensorboard]"',
+        )
 
 
 def start_tracker(

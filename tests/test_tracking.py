@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.experiment import Wandb
+from pipeline.errors import PipelineError
+from pipeline.experiment import Tracking, Wandb
 from pipeline.experiment_file import load_experiment
 from pipeline.runs.run import read_run
-from pipeline.tracking import choose_mode, start_tracker
+from pipeline.tracking import choose_mode, require_tracking, start_tracker
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
 
@@ -85,9 +86,10 @@ def test_offline_file_holds_every_logged_step_and_no_secret(
     canary = "CANARY" + "0123456789abcdef" * 2
     monkeypatch.setenv("HF_TOKEN", canary)
     monkeypatch.setenv("OPENAI_API_KEY", canary)
-    path = write_experiment(tracking={"wandb": {"mode": "offline"}}, sft={"max_steps": 3}, dpo={"max_steps": 4})
+    tracking = {"wandb": {"mode": "offline"}, "tensorboard": True, "samples": 2}
+    path = write_experiment(tracking=tracking, sft={"max_steps": 3}, dpo={"max_steps": 4})
     experiment = load_experiment(path).experiment
-    run_sft(experiment, tmp_path / "runs", console)
+    sft = run_sft(experiment, tmp_path / "runs", console).run
     run = run_dpo(experiment, tmp_path / "runs", console).run
     records = offline_records(run)
     logged = history(records)
@@ -97,6 +99,10 @@ def test_offline_file_holds_every_logged_step_and_no_secret(
     assert margins == {line["step"]: line["rewards/margins"] for line in written if "rewards/margins" in line}
     (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
     assert (started.project, started.run_group, started.job_type) == ("lights", "lights", "dpo")
+    (before,) = [record.run for record in offline_records(sft) if record.WhichOneof("record_type") == "run"][:1]
+    assert (before.run_group, before.job_type) == ("lights", "sft")
+    assert_evaluations_are_there(run, logged)
+    assert_tensorboard_says_the_same(run)
     configured = {item.key: json.loads(item.value_json) for item in started.config.update}
     assert configured["experiment"]["dpo"]["beta"] == 0.1
     assert configured["manifest"]["parent"] == "lights/sft-001"
@@ -109,6 +115,53 @@ def test_offline_file_holds_every_logged_step_and_no_secret(
     for file in (tmp_path / "runs").rglob("*"):
         if file.is_file():
             assert canary.encode() not in file.read_bytes(), file
+
+
+def assert_evaluations_are_there(run: Path, logged: list[dict[str, Any]]) -> None:
+    """At the start, after an epoch and at the end: figures, the pairs' margins, the sampled answers."""
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {line["_step"]: line for line in logged if "eval_loss" in line}
+    assert {step: line["eval_rewards/margins"] for step, line in evaluated.items()} == {
+        line["step"]: line["eval_rewards/margins"] for line in written if "eval_loss" in line
+    }
+    assert sorted(evaluated) == [0, 3, 4]
+    pairs = [json.loads(line) for line in (run / "pairs.jsonl").read_text().splitlines()]
+    for line, rows in zip(evaluated.values(), pairs, strict=True):
+        margins = [c - r for c, r in zip(rows["rewards/chosen"], rows["rewards/rejected"], strict=True)]
+        assert (line["eval_margins/_type"], sum(line["eval_margins/values"])) == ("histogram", len(margins))
+        bins = line["eval_margins/bins"]
+        assert bins[0] <= min(margins) + 1e-9
+        assert max(margins) - 1e-9 <= bins[-1]
+    generated = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    (folder,) = run.glob("wandb/offline-run-*/files")
+    table = json.loads((folder / evaluated[4]["samples/path"]).read_text())
+    assert table["columns"] == ["step", "prompt", "answer", "tokens", "ended"]
+    assert table["data"] == [list(row.values()) for row in generated if row["step"] == 4]
+
+
+def assert_tensorboard_says_the_same(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})  # 0: all of them
+    events.Reload()
+    tags = events.Tags()
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "learning_rate"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (line["step"], pytest.approx(line[name], rel=1e-6)) for line in written if name in line
+        ]
+    assert [event.step for event in events.Histograms("eval_margins")] == [0, 3, 4]
+    assert "samples/text_summary" in tags["tensors"]
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_tracking(Tracking(tensorboard=True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_tracking(Tracking())
+    with pytest.raises(PipelineError) as caught:
+        require_tracking(Tracking(tensorboard=True))
+    assert (caught.value.code, caught.value.pointer) == ("missing-package", "/tracking/tensorboard")
+    assert "pip install tensorboard" in caught.value.mend
 
 
 def test_a_tracker_that_cannot_start_leaves_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

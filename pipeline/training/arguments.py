@@ -42,6 +42,7 @@ def _common(stage: Sft | Dpo, output: Path, seed: int, placement: Placement, eva
         "bf16": placement.dtype == torch.bfloat16,
         "fp16": placement.dtype == torch.float16,
         "save_total_limit": max(stage.save_total_limit, KEEP_AT_LEAST) if stage.save_total_limit else None,
+        "eval_on_start": given["eval_strategy"] != "no",
         "logging_strategy": "steps",
         "logging_first_step": True,
         # Trainer would log the last finite loss in place of NaN.

@@ -1,4 +1,4 @@
-"""What happens beside TRL's training loop: the record of each logged step, the screen, the guards."""
+"""What happens beside TRL's training loop: the record of each logged step, the guards."""
 
 from __future__ import annotations
 
@@ -15,22 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import TrainerCallback
 
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.tracking import Tracker
+from pipeline.tracking import Mirrors
 
-_PLAIN_INTERVAL = 15.0
-"""Seconds between lines where the output is not a terminal."""
 _ROWS_SHOWN = 16
 
 
@@ -39,19 +28,19 @@ _TIMING = ("_runtime", "_per_second")
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes every logged step to `metrics.jsonl` and mirrors it to W&B.
+    """Writes every logged step to `metrics.jsonl` and mirrors it.
 
     Two runs of the same experiment on the same machine write the same bytes: times and speeds are not among them,
     they go to W&B and, the newest of each, to the manifest.
 
     Args:
         file: `metrics.jsonl` of the run.
-        tracker: W&B.
+        tracker: W&B, and TensorBoard where it is asked for.
         opened_ratio: the learning rate of the opened weights over the adapter's, if any are opened; theirs is then
             logged as `learning_rate/opened`. One schedule scales both.
     """
 
-    def __init__(self, file: Path, tracker: Tracker, opened_ratio: float | None) -> None:
+    def __init__(self, file: Path, tracker: Mirrors, opened_ratio: float | None) -> None:
         self._file = file
         self._tracker = tracker
         self._opened_ratio = opened_ratio
@@ -185,71 +174,6 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Screen(TrainerCallback):  # type: ignore[misc]
-    """Progress with time left, loss and reward margin: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, stage: str) -> None:
-        self._console = console
-        self._stage = stage
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._began = 0.0
-        self._said = 0.0
-        self._figures = ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Shows the bar."""
-        self._began = self._said = time.monotonic()
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=self._console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self._stage, total=state.max_steps, figures="")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Remembers the figures to show."""
-        names = {
-            "loss": "loss",
-            "rewards/margins": "margin",
-            "rewards/accuracies": "accuracy",
-            "eval_loss": "eval loss",
-        }
-        logs = logs or {}
-        shown = [f"{word} {logs[key]:.3f}" for key, word in names.items() if isinstance(logs.get(key), float)]
-        if shown:
-            self._figures = "  ".join(shown)
-        if self._bar is not None:
-            self._bar.update(self._task, figures=self._figures)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar, or prints a line."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
-            return
-        moment = time.monotonic()
-        if moment - self._said >= _PLAIN_INTERVAL or state.global_step >= state.max_steps:
-            self._said = moment
-            left = (moment - self._began) / state.global_step * (state.max_steps - state.global_step)
-            self._console.print(
-                f"{self._stage} step {state.global_step}/{state.max_steps}  {self._figures}  {left:.0f} s left",
-                highlight=False,
-            )
-
-    def close(self) -> None:
-        """Takes the bar away; called however training ended."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def _not_finite(value: Any) -> bool:

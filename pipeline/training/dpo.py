@@ -28,6 +28,7 @@ from pipeline.model.policy import open_policy
 from pipeline.model.scope import trainable_of
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
+from pipeline.tracking import require_tracking
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
@@ -62,6 +63,7 @@ from pipeline.training.stage import (
     train,
 )
 from pipeline.training.start import find_adapter, require_same_ground
+from pipeline.training.watch.samples import sample_questions
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def run_dpo(
             mend="add `data: {preferences: {train: FILE}}`",
         )
     require_options("dpo", stage.options)
+    require_tracking(experiment.tracking)
     resumption = find_resumption(root, experiment.name, "dpo", resume, console.print)
     if resumption is None:
         origin, sft_run = find_start(experiment, root, start)
@@ -170,6 +173,7 @@ def run_dpo(
         use: load_rows(Path(path), "preference", set_aside=aside, columns=split.map)
         for use, path in split_files(split).items()
     }
+    questions = sample_questions(experiment, checked["eval"].rows if "eval" in checked else [])
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     require_same_ground(origin.name, origin.folder, sft_run, ground, experiment.model.quantize, console.print)
@@ -270,7 +274,9 @@ def run_dpo(
         run.update(engine={**run.manifest["engine"], "trunk": trunk, "reference": {**kept, "key": key}})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
-        metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
+        metrics = train(
+            trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
+        )
         trainer.drop_trunk()
         after = score(trainer, batches)
         reference = {

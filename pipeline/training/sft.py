@@ -21,6 +21,7 @@ from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
 from pipeline.runs.resume import Resume, find_resumption
+from pipeline.tracking import require_tracking
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.micro_batches import MicroBatches
@@ -43,9 +44,11 @@ from pipeline.training.stage import (
     split_learning_rates,
     train,
 )
+from pipeline.training.watch.evaluation import UnfeltEvaluation
+from pipeline.training.watch.samples import sample_questions
 
 
-class _Trainer(Resumable, MicroBatches, SFTTrainer):  # type: ignore[misc]
+class _Trainer(Resumable, UnfeltEvaluation, MicroBatches, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
@@ -80,12 +83,14 @@ def run_sft(
             mend="add `data: {demonstrations: {train: FILE}}`",
         )
     require_options("sft", stage.options)
+    require_tracking(experiment.tracking)
     resumption = find_resumption(root, experiment.name, "sft", resume, console.print)
     aside = experiment.data.on_invalid == "set-aside"
     checked = {
         use: load_rows(Path(path), "demonstration", set_aside=aside, columns=split.map)
         for use, path in split_files(split).items()
     }
+    questions = sample_questions(experiment, checked["eval"].rows if "eval" in checked else [])
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     datasets, data, accounts, set_aside = {}, [], [], []
@@ -140,7 +145,9 @@ def run_sft(
         trainable = trainable_of(trainer.model)
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict(), engine={"padding_free": why_padded is None})
-        metrics = train(trainer, run, tracker, console, unfreeze, places=places, resumption=resumption)
+        metrics = train(
+            trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
+        )
         if dry_run:
             return Outcome(None, "finished", metrics, trainable, say_dry_run(console, metrics, ground.placement))
         save_adapter(trainer.model, ground.tokenizer, run.adapter)

@@ -22,6 +22,7 @@ from pipeline.data.aside import SetAside, count_codes
 from pipeline.data.check import CheckedRows, Report
 from pipeline.data.tokenised import Counted
 from pipeline.errors import ExitCode, PipelineError, PipelineErrors
+from pipeline.evaluation.questions import Question
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment, load_experiment
 from pipeline.model.base import template_sha256, tokenizer_sha256
@@ -35,9 +36,15 @@ from pipeline.runs.lock import locked
 from pipeline.runs.provenance import provenance
 from pipeline.runs.resume import COMPARED, Resumption, changes_since, require_unchanged
 from pipeline.runs.run import Run, Stage, create_run, now, read_run
-from pipeline.tracking import Tracker, start_tracker
-from pipeline.training.callbacks import Guard, Recorder, Screen
+from pipeline.tracking import Mirrors, TensorBoard, start_tracker
+from pipeline.training.callbacks import Guard, Recorder
 from pipeline.training.keeper import Keeper
+from pipeline.training.watch.evaluation import PairwiseEvaluation
+from pipeline.training.watch.health import Finding
+from pipeline.training.watch.history import Setting
+from pipeline.training.watch.samples import Sampler
+from pipeline.training.watch.screen import Screen
+from pipeline.training.watch.watcher import Watcher
 from pipeline.trl_options import check_options
 
 _S = TypeVar("_S", Sft, Dpo)
@@ -202,8 +209,8 @@ def begin(
     *,
     dry_run: bool,
     resumption: Resumption | None = None,
-) -> Iterator[tuple[Run, Tracker]]:
-    """A run folder, locked, and its W&B run, both closed with the right status however the work inside ends.
+) -> Iterator[tuple[Run, Mirrors]]:
+    """A run folder, locked, and its trackers, all closed with the right status however the work inside ends.
 
     A dry run gets a folder that is gone afterwards, and no tracker.
 
@@ -218,11 +225,10 @@ def begin(
             run = resumption.run
             stack.enter_context(locked(run.path))
             _go_on(resumption, experiment, manifest, say)
-        if dry_run:
-            tracker = Tracker(None, say)
-        else:
+        tracker = Mirrors()
+        if not dry_run:
             say(f"run: {run.path}")
-            tracker = start_tracker(
+            wandb = start_tracker(
                 experiment.tracking.wandb,
                 experiment=experiment.name,
                 name=run.path.name,
@@ -231,7 +237,9 @@ def begin(
                 config={"experiment": experiment.model_dump(mode="json"), "manifest": run.manifest},
                 say=say,
             )
-            run.update(wandb=tracker.describe())
+            run.update(wandb=wandb.describe())
+            tensorboard = [TensorBoard(run.path / "tensorboard")] if experiment.tracking.tensorboard else []
+            tracker = Mirrors(wandb, *tensorboard)
         try:
             with recorded(run):
                 yield run, tracker
@@ -283,9 +291,11 @@ def _go_on(resumption: Resumption, experiment: Experiment, manifest: dict[str, A
 def train(
     trainer: Any,
     run: Run,
-    tracker: Tracker,
+    tracker: Mirrors,
     console: Console,
     unfreeze: Unfreeze,
+    experiment: Experiment,
+    questions: Sequence[Question],
     *,
     places: list[str],
     resumption: Resumption | None = None,
@@ -295,9 +305,11 @@ def train(
     Args:
         trainer: one of the stages' own.
         run: its folder.
-        tracker: W&B.
+        tracker: where it is recorded besides.
         console: where progress is shown.
         unfreeze: what is opened, for its learning rate.
+        experiment: what is asked for.
+        questions: held-out prompts that are answered at each evaluation.
         places: where each row of the training data is; for a message.
         resumption: what is gone on with.
 
@@ -309,10 +321,11 @@ def train(
     """
     from transformers import PrinterCallback
 
-    guard, screen = Guard(), Screen(console, run.stage)
-    ratio = unfreeze.learning_rate / trainer.args.learning_rate if unfreeze.opens else None
+    rate = trainer.args.learning_rate
+    ratio = unfreeze.learning_rate / rate if unfreeze.opens else None
     if all(is_opened(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad):
-        ratio = 1.0  # the one rate that is logged is theirs
+        rate, ratio = unfreeze.learning_rate, 1.0  # the one rate that is logged is theirs
+    guard, screen = Guard(), Screen(console, run.stage, ratio)
     recorder = Recorder(run.metrics_file, tracker, ratio)
     checkpoint = None if resumption is None else resumption.checkpoint
     if checkpoint is not None:
@@ -320,8 +333,23 @@ def train(
         trainer.args.eval_on_start = False
     trainer.places = places
     trainer.keeper = Keeper(trainer, run, recorder, guard, console.print, checkpoint)
+    sampler = Sampler(trainer, questions, experiment.evaluation.max_new_tokens, console.print)
+
+    def tell(finding: Finding) -> None:
+        screen.found(finding.code)
+        console.print(f"health: {finding.code} at step {finding.step}: {finding.message}\n  {finding.mend}")
+
+    watcher = Watcher(
+        run,
+        tracker,
+        _setting(trainer.args, run.stage, experiment, rate),
+        take_pairs=trainer.take_pairs if isinstance(trainer, PairwiseEvaluation) else None,
+        ask=sampler.ask,
+        tell=tell,
+        say=console.print,
+    )
     trainer.remove_callback(PrinterCallback)
-    for callback in (guard, recorder, trainer.keeper, screen):
+    for callback in (guard, recorder, trainer.keeper, watcher, screen):
         trainer.add_callback(callback)
     try:
         with guard.listening():
@@ -344,6 +372,16 @@ def train(
             exit_code=ExitCode.INTERRUPTED,
         )
     return recorder.last
+
+
+def _setting(args: Any, stage: str, experiment: Experiment, learning_rate: float) -> Setting:
+    return Setting(
+        stage,
+        learning_rate,
+        pairs_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        beta=experiment.dpo.beta,
+        loss_scaling=args.fp16,
+    )
 
 
 def dry_run_of(stage: _S) -> _S:
