@@ -91,6 +91,7 @@ def test_offline_file_holds_every_logged_step_and_no_secret(
     experiment = load_experiment(path).experiment
     sft = run_sft(experiment, tmp_path / "runs", console).run
     run = run_dpo(experiment, tmp_path / "runs", console).run
+    assert "W&B" not in console.file.getvalue()  # nothing went wrong there
     records = offline_records(run)
     logged = history(records)
     margins = {line["_step"]: line["rewards/margins"] for line in logged if "rewards/margins" in line}
