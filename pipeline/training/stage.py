@@ -40,7 +40,6 @@ from pipeline.tracking import Mirrors, TensorBoard, start_tracker
 from pipeline.training.callbacks import Guard, Recorder
 from pipeline.training.keeper import Keeper
 from pipeline.training.watch.evaluation import PairwiseEvaluation
-from pipeline.training.watch.health import Finding
 from pipeline.training.watch.history import Setting
 from pipeline.training.watch.samples import Sampler
 from pipeline.training.watch.screen import Screen
@@ -334,18 +333,13 @@ def train(
     trainer.places = places
     trainer.keeper = Keeper(trainer, run, recorder, guard, console.print, checkpoint)
     sampler = Sampler(trainer, questions, experiment.evaluation.max_new_tokens, console.print)
-
-    def tell(finding: Finding) -> None:
-        screen.found(finding.code)
-        console.print(f"health: {finding.code} at step {finding.step}: {finding.message}\n  {finding.mend}")
-
     watcher = Watcher(
         run,
         tracker,
         _setting(trainer.args, run.stage, experiment, rate),
         take_pairs=trainer.take_pairs if isinstance(trainer, PairwiseEvaluation) else None,
         ask=sampler.ask,
-        tell=tell,
+        tell=screen.found,
         say=console.print,
     )
     trainer.remove_callback(PrinterCallback)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from transformers import TrainerCallback
 
+from pipeline.training.watch.health import Finding
 from pipeline.training.watch.panel import LABELS, Status
 
 _PLAIN_INTERVAL = 15.0
@@ -52,9 +53,11 @@ class Screen(TrainerCallback):  # type: ignore[misc]
         self._seen: deque[tuple[float, float]] = deque(maxlen=_SPEED_WINDOW + 1)
         """At each logged step: `_stepping`, and the tokens trained on so far."""
 
-    def found(self, code: str) -> None:
-        """Keeps a health finding in view."""
-        self._status.health.append(code)
+    def found(self, finding: Finding) -> None:
+        """Tells a health finding, and keeps its code in view."""
+        self._status.health.append(finding.code)
+        told = f"health: {finding.code} at step {finding.step}: {finding.message}\n  {finding.mend}"
+        self._console.print(told, highlight=False, markup=False)  # a mend may have brackets of its own
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shows the panel."""

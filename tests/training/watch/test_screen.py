@@ -9,9 +9,13 @@ import torch
 from rich.console import Console
 
 from pipeline.training.watch import screen as screen_module
+from pipeline.training.watch.health import Finding
 from pipeline.training.watch.screen import Screen, memory_in_use
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
+
+
+FINDING = Finding("gradient-spike", 3, 20.0, "the norm jumped to 20", "try `[sigmoid, sft]`")
 
 
 class Clock:
@@ -60,7 +64,7 @@ def test_the_panel_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen_module, "memory_in_use", lambda device: 2**30)
     console = terminal()
     shown = trained(console)
-    shown.found("gradient-spike")
+    shown.found(FINDING)
     shown.close()
     last = console.file.getvalue().rpartition("╭")[2]  # type: ignore[attr-defined]
     for words in (
@@ -74,6 +78,13 @@ def test_the_panel_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert words in last, words
     assert "evaluating" not in last
+
+
+def test_a_finding_is_told_with_its_mend_as_it_is(console: Any) -> None:
+    Screen(console, "dpo", None).found(FINDING)
+    assert console.file.getvalue() == (
+        "health: gradient-spike at step 3: the norm jumped to 20\n  try `[sigmoid, sft]`\n"
+    )
 
 
 def test_closing_twice_or_before_the_beginning_is_fine() -> None:
