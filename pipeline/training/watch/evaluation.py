@@ -36,6 +36,11 @@ class PairwiseEvaluation(UnfeltEvaluation):
     """`[4, B]` a batch: rewards and completion tokens, of chosen and of rejected."""
     _differs = False
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """An evaluation, begun anew: one that a signal stopped leaves nothing behind."""
+        self._evaluated, self._differs = None, False
+        return super().evaluate(*args, **kwargs)
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation of one batch."""
         with _listening(self.accelerator) as gathered:
