@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pipeline.experiment import Dpo, Experiment, Sft
 from pipeline.model.base import BaseFiles
@@ -15,7 +15,7 @@ from pipeline.plan.rhythm import Rows, largest_batch
 from pipeline.plan.trace import Batch
 from pipeline.training.arguments import dpo_config, sft_config
 
-_S = TypeVar("_S", Sft, Dpo)
+_S = TypeVar("_S", bound=Sft | Dpo)
 _SHARE = 0.85
 """Of the free memory: allocators leave gaps, and the process itself takes some."""
 
@@ -52,7 +52,7 @@ def settle_checkpointing(
             f"gradient checkpointing is on: without it the largest batch takes {needed / 2**30:.2f} GiB, "
             f"of {free / 2**30:.2f} GiB that are free"
         )
-    return settings.model_copy(update={"gradient_checkpointing": on})
+    return cast(_S, settings.model_copy(update={"gradient_checkpointing": on}))
 
 
 def _needed(
