@@ -27,6 +27,7 @@ from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.engine.precision import multiplication
+from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.stage import (
     Outcome,
@@ -44,7 +45,12 @@ from pipeline.training.stage import (
     split_files,
     train,
 )
+from pipeline.training.watch.evaluation import UnfeltEvaluation
 from pipeline.training.watch.samples import sample_questions
+
+
+class _Trainer(Resumable, UnfeltEvaluation, DemonstrationTrainer):
+    """The engine's trainer, with checkpoints that it can be resumed from, and evaluations that it does not feel."""
 
 
 def run_sft(
@@ -125,7 +131,7 @@ def run_sft(
         if is_first():
             write_set_aside(run.path, set_aside)
         trainer = build_trainer(
-            DemonstrationTrainer,
+            _Trainer,
             model=policy,
             args=sft_config(
                 stage,

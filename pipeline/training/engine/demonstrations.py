@@ -7,12 +7,10 @@ from typing import Any
 from trl import SFTTrainer
 
 from pipeline.training.engine.micro_batches import MicroBatches
-from pipeline.training.keeper import Resumable
 from pipeline.training.stage import split_learning_rates
-from pipeline.training.watch.evaluation import UnfeltEvaluation
 
 
-class DemonstrationTrainer(Resumable, UnfeltEvaluation, MicroBatches, SFTTrainer):  # type: ignore[misc]
+class DemonstrationTrainer(MicroBatches, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
