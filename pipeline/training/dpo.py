@@ -35,6 +35,7 @@ from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
 from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
+from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.proof import (
     PROOF_PAIRS,
@@ -48,6 +49,7 @@ from pipeline.training.proof import (
     tolerance_for,
     write_proof,
 )
+from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.stage import (
     Outcome,
     begin,
@@ -128,6 +130,10 @@ def _same_start(resumption: Resumption, experiment: Experiment, root: Path) -> t
             mend="put it back, or start a new run",
         )
     return origin, sft_run
+
+
+class _Trainer(Resumable, PairwiseEvaluation, PreferenceTrainer):
+    """The engine's trainer, saved and resumed by the keeper, its evaluation kept pair by pair."""
 
 
 def run_dpo(
