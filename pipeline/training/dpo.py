@@ -49,7 +49,6 @@ from pipeline.training.proof import (
     tolerance_for,
     write_proof,
 )
-from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.stage import (
     Outcome,
     begin,
@@ -67,6 +66,7 @@ from pipeline.training.stage import (
     train,
 )
 from pipeline.training.start import find_adapter, require_same_ground
+from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.watch.samples import sample_questions
 
 
@@ -242,7 +242,7 @@ def run_dpo(
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())
         trainer = build_trainer(
-            PreferenceTrainer,
+            _Trainer,
             model=policy,
             args=dpo_config(
                 stage,
