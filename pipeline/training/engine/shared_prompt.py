@@ -60,7 +60,7 @@ class SharedPrompt:
 
     def install(self) -> None:
         """Puts the joint forward in, switched on."""
-        self.model.set_attn_implementation(NAME)
+        self._attend_with(NAME)
         self.model.forward = _as(self._joint_score, self._score)
         self.backbone.forward = _as(self._joint_encode, self._encode)
         self.on = True
@@ -70,7 +70,13 @@ class SharedPrompt:
         self.on = False
         self.backbone.forward = self._encode
         self.model.forward = self._score
-        self.model.set_attn_implementation("sdpa")
+        self._attend_with("sdpa")
+
+    def _attend_with(self, name: str) -> None:
+        """Sets the attention; PEFT's copies of opened blocks have configurations of their own."""
+        for module in self.model.modules():
+            if getattr(getattr(module, "config", None), "_attn_implementation", None) in ("sdpa", NAME):
+                module.config._attn_implementation = name
 
     @contextmanager
     def off(self) -> Iterator[None]:
