@@ -35,6 +35,7 @@ from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
 from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
+from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.proof import (
     PROOF_PAIRS,
@@ -65,6 +66,7 @@ from pipeline.training.stage import (
     train,
 )
 from pipeline.training.start import find_adapter, require_same_ground
+from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.watch.samples import sample_questions
 
 
@@ -128,6 +130,10 @@ def _same_start(resumption: Resumption, experiment: Experiment, root: Path) -> t
             mend="put it back, or start a new run",
         )
     return origin, sft_run
+
+
+class _Trainer(Resumable, PairwiseEvaluation, PreferenceTrainer):
+    """The engine's trainer, saved and resumed by the keeper, its evaluation kept pair by pair."""
 
 
 def run_dpo(
@@ -236,7 +242,7 @@ def run_dpo(
         say_trainable(console, trainable, stage.learning_rate, unfreeze)
         run.update(trainable=trainable.as_dict())
         trainer = build_trainer(
-            PreferenceTrainer,
+            _Trainer,
             model=policy,
             args=dpo_config(
                 stage,

@@ -13,7 +13,7 @@ from benchmark_cases.frame import Work
 
 SEED = 7
 BATCH = 4
-MAX_LENGTH = 512
+MAX_LENGTH = 384
 SHIPPED = Path(__file__).parent.parent.parent / "datasets" / "triage" / "preferences.train.jsonl"
 
 

@@ -55,7 +55,7 @@ def test_a_step_that_does_not_fit_goes_on_in_halves(
     """The memory holds four rows: the second step, of which one micro-batch is behind it, is done again in halves."""
     more = {} if stage == "sft" else {"start": start}
     small = train(stage, "small", per_device_train_batch_size=2, gradient_accumulation_steps=4, **more)
-    name = "_Trainer" if stage == "sft" else "PreferenceTrainer"
+    name = "DemonstrationTrainer" if stage == "sft" else "PreferenceTrainer"
     trainer = getattr(importlib.import_module(f"pipeline.training.{stage}"), name)
     compute_loss = trainer.compute_loss
     calls = itertools.count(1)

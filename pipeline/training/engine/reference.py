@@ -213,6 +213,6 @@ def _scored(trainer: Any, rows: Mapping[bytes, Any]) -> Logps:
 def _gathered(trainer: Any, mine: tuple[Logps, int]) -> Sequence[tuple[Logps, int]]:
     if trainer.accelerator.num_processes == 1:
         return [mine]
-    from accelerate.utils import gather_object
-
-    return gather_object([mine])  # type: ignore[no-any-return]
+    shares: list[Any] = [None] * trainer.accelerator.num_processes
+    torch.distributed.all_gather_object(shares, mine)
+    return shares

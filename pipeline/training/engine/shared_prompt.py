@@ -44,6 +44,9 @@ class SharedPrompt:
         """How many attention layers read the last joint row."""
         self.trunk: Trunk | None = None
         """Kept output of frozen blocks, if it is used."""
+        self._trial: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The last batch that was checked, and its log-probabilities on the plain path: a trunk is checked on the same
+        one, before the first step."""
         self._score = self.model.forward
         self._encode = self.backbone.forward
 
@@ -60,7 +63,7 @@ class SharedPrompt:
 
     def install(self) -> None:
         """Puts the joint forward in, switched on."""
-        self.model.set_attn_implementation(NAME)
+        self._attend_with(NAME)
         self.model.forward = _as(self._joint_score, self._score)
         self.backbone.forward = _as(self._joint_encode, self._encode)
         self.on = True
@@ -70,7 +73,13 @@ class SharedPrompt:
         self.on = False
         self.backbone.forward = self._encode
         self.model.forward = self._score
-        self.model.set_attn_implementation("sdpa")
+        self._attend_with("sdpa")
+
+    def _attend_with(self, name: str) -> None:
+        """Sets the attention; PEFT's copies of opened blocks have configurations of their own."""
+        for module in self.model.modules():
+            if getattr(getattr(module, "config", None), "_attn_implementation", None) in ("sdpa", NAME):
+                module.config._attn_implementation = name
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -138,8 +147,11 @@ class SharedPrompt:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
         with torch.no_grad():
-            with self.off():
-                plain = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+            if self._trial is None or not torch.equal(self._trial[0], batch["input_ids"]):
+                with self.off():
+                    plain = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+                self._trial = batch["input_ids"], plain
+            plain = self._trial[1]
             try:
                 joined = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
             except (TypeError, ValueError, RuntimeError) as error:

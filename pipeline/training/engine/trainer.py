@@ -15,9 +15,7 @@ from pipeline.training.engine.joint import joint_length
 from pipeline.training.engine.micro_batches import MicroBatches
 from pipeline.training.engine.shared_prompt import SharedPrompt
 from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
-from pipeline.training.keeper import Resumable
 from pipeline.training.stage import split_learning_rates
-from pipeline.training.watch.evaluation import PairwiseEvaluation
 
 TRIAL_PAIRS = 2
 """On how many pairs a faster path is held against TRL's before it is taken; the proof goes on to hold it on more."""
@@ -35,7 +33,7 @@ def held(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-class PreferenceTrainer(Resumable, PairwiseEvaluation, MicroBatches, DPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on pairs that come tokenised, with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float

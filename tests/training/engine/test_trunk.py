@@ -152,3 +152,24 @@ def test_a_run_with_the_trunk_kept_is_the_run_without(
     for setting in ("auto", "disk"):
         for name in ("loss", "rewards/margins", "logps/rejected", "grad_norm", "eval_loss"):
             assert metrics[setting][name] == pytest.approx(metrics["off"][name], abs=1e-4), name
+
+
+def test_opened_blocks_share_prompts_and_the_trunk_below_them(
+    write_experiment: Callable[..., Path], tmp_path: Path, console: Any
+) -> None:
+    """PEFT's copies of opened blocks read the joint row as well: policy and reference, with the trunk and without."""
+    root = tmp_path / "checkpoints"
+    run_sft(load_experiment(write_experiment(sft={"max_steps": 2})).experiment, root, console)
+    opened = {"last_blocks": 1, "final_norm": True, "learning_rate": 1.0e-3}
+    metrics, engines = {}, {}
+    for setting in ("off", "auto"):
+        path = write_experiment(
+            dpo={"max_steps": 4, "adapter": "frozen", "unfreeze": opened}, engine={"trunk_cache": setting}
+        )
+        outcome = run_dpo(load_experiment(path).experiment, root, console)
+        metrics[setting] = outcome.metrics
+        engines[setting] = json.loads((outcome.run / "run.json").read_text())["engine"]
+        assert engines[setting]["shared_prompt"], engines[setting]["refusal"]
+    assert (engines["off"]["trunk"], engines["auto"]["trunk"]["blocks"]) == (None, 3)
+    for name in ("loss", "rewards/margins", "logps/rejected", "grad_norm", "eval_loss"):
+        assert metrics["auto"][name] == pytest.approx(metrics["off"][name], abs=1e-4), name
