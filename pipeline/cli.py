@@ -253,6 +253,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="another place for the page")
     verify = add("verify", _verify, "repeat a run's proof from its folders, and say what has changed since", where)
     verify.add_argument("run", metavar="RUN")
+    merge = add("merge", _merge, "an adapter folded into its base, as a plain Transformers model", where)
+    merge.add_argument("run", metavar="RUN", help="a run, an adapter folder or an adapter's hub id")
+    merge.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; else the run's")
     runs = add("runs", _runs, "list the runs, or what differs between some of them", where)
     runs.add_argument("--experiment", metavar="NAME", help="only its runs")
     runs.add_argument("--stage", choices=("sft", "dpo"))
@@ -476,6 +480,18 @@ def _verify(arguments: argparse.Namespace, console: Console) -> Answer:
         console.print(f"{'ok   ' if finding.ok else 'WRONG'} {finding.name}: {finding.message}", highlight=False)
     answer = as_dict(run, findings)
     return answer, ExitCode.DONE if answer["ok"] else ExitCode.WRONG
+
+
+def _merge(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.model.merge import merge_named
+
+    merged = merge_named(arguments.checkpoints, arguments.run, arguments.out, arguments.dtype, console.print)
+    console.print(
+        f"written: {merged.path} ({merged.parameters:,} parameters in {merged.dtype}, {merged.apart:.1e} nats from "
+        f"the adapter on its base; allowed {merged.allowed:g})",
+        highlight=False,
+    )
+    return {"ok": True, **merged.as_dict()}, ExitCode.DONE
 
 
 def _runs(arguments: argparse.Namespace, console: Console) -> Answer:

@@ -162,6 +162,8 @@ def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from pipeline.model.precision import keep_gradients
+
     arguments: dict[str, Any] = {
         "dtype": placement.dtype,
         "trust_remote_code": model.trust_remote_code,
@@ -194,24 +196,31 @@ def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
         forget_quantization(loaded)
     if model.quantize == "none":
         loaded.to(placement.device)
+    else:
+        keep_gradients(loaded)
     # What the adapter's configuration names as its base: the hub id, not this machine's cache.
     loaded.name_or_path = files.id if files.revision else str(files.folder)
     return loaded
+
+
+def require_bitsandbytes(what: str, pointer: str) -> None:
+    """Raises: bitsandbytes, which `what` needs, is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise PipelineError(
+            f"{what} needs bitsandbytes, which is not installed",
+            code="missing-package",
+            pointer=pointer,
+            mend="pip install 'preference-pipeline[quantize]'",
+        ) from error
 
 
 def _nf4() -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise PipelineError(
-            "`model.quantize: nf4` needs bitsandbytes, which is not installed",
-            code="missing-package",
-            pointer="/model/quantize",
-            mend="pip install bitsandbytes",
-        ) from error
+    require_bitsandbytes("`model.quantize: nf4`", "/model/quantize")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

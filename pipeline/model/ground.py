@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.experiment import Experiment
-from pipeline.model.base import BaseFiles, find_base, load_tokenizer
+from pipeline.model.base import BaseFiles, find_base, load_tokenizer, require_bitsandbytes
 from pipeline.model.device import Placement, place
 
 Say = Callable[[str], None]
@@ -32,6 +32,8 @@ def prepare_ground(experiment: Experiment, say: Say) -> Ground:
         PipelineError: one of them is not to be had.
     """
     placement = place(experiment.model.device, experiment.model.dtype)
+    if experiment.model.quantize == "nf4":
+        require_bitsandbytes("`model.quantize: nf4`", "/model/quantize")
     say(f"device: {placement.describe()}")
     files = find_base(experiment.model)
     at = f" at {files.revision[:12]}" if files.revision else ""

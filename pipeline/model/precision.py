@@ -61,6 +61,18 @@ def _plain(layer: Any) -> nn.Module:
     return module
 
 
+def keep_gradients(base: nn.Module) -> None:
+    """Keeps bitsandbytes (0.50) from laying 4-bit weights out anew in the first forward in evaluation mode.
+
+    It does so on CPUs with AVX-512 BF16, for a kernel without a backward pass: a model that was scored and then trains
+    would lose, silently, the gradients of all that lies below its first 4-bit layer.
+    """
+    layer: Any
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 @contextmanager
 def as_it_trains(policy: nn.Module) -> Iterator[None]:
     """Keeps the precision of what trains while TRL builds a trainer around `policy`.

@@ -40,6 +40,7 @@ from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.proof import (
     PROOF_PAIRS,
     check_drift,
+    check_evaluation,
     check_movement,
     check_saved,
     check_start,
@@ -58,6 +59,7 @@ from pipeline.training.stage import (
     longest,
     manifest_of,
     places_of,
+    require_optimizer,
     require_options,
     say_counts,
     say_dry_run,
@@ -101,7 +103,7 @@ def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[S
             mend="name a finished run",
         )
     hashes = hashes_of(require_adapter(found.adapter))
-    changed = [name for name, value in hashes.items() if found.manifest["adapter"][name] != value]
+    changed = [name for name, value in hashes.items() if found.manifest["adapter"].get(name, value) != value]
     if changed:
         what = {"sha256": "weights", "config_sha256": "configuration (adapter_config.json)"}[changed[0]]
         raise PipelineError(
@@ -185,6 +187,7 @@ def run_dpo(
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     join_processes(ground.placement.device, console.print)
+    require_optimizer("dpo", stage.options, ground.placement)
     require_same_ground(origin.name, origin.folder, sft_run, ground, experiment.model.quantize, console.print)
     pairs, data, accounts, set_aside = {}, [], [], []
     places: list[str] = []
@@ -310,6 +313,7 @@ def run_dpo(
         if is_first():
             save_adapter(policy, ground.tokenizer, run.adapter)
         wait_for_first()
+        evaluated = _evaluated_last(trainer)
         # The trained model makes room: what was saved is judged on a base that this run never touched.
         del trainer, policy, base
         give_memory_back()
@@ -318,6 +322,21 @@ def run_dpo(
         reference["saved"] = check_saved(saved, start_again, after, tolerance, stage.beta)
         if is_first():
             write_proof(run.path, proof_pairs, saved, start_again)
+        if evaluated is not None:
+            held_out, before_dpo = (_reopened(fresh, folder, pairs["eval"]) for folder in (run.adapter, origin.folder))
+            reference["evaluation"] = check_evaluation(
+                held_out,
+                before_dpo,
+                evaluated,
+                beta=stage.beta,
+                batch_size=stage.per_device_eval_batch_size,
+                tolerance=tolerance,
+            )
+            console.print(
+                f"proof: rewards of {len(pairs['eval'])} held-out pairs from the saved folders are those logged last "
+                f"({reference['evaluation']['apart']:.1e} apart)",
+                highlight=False,
+            )
         console.print(
             f"proof: reference drift {reference['drift']:g} nats, frozen weights unchanged, "
             f"{len(trained_names) - len(reference['unmoved'])} of {len(trained_names)} trained tensors moved, "
@@ -332,6 +351,20 @@ def _reopened(base: Any, folder: Path, pairs: list[Pair]) -> torch.Tensor:
     """Log-probabilities of `pairs` under the adapter in `folder`, `[N, 2]` nats."""
     with attached(base, folder) as model:
         return torch.stack(pair_logps(model, pairs), dim=1)
+
+
+def _evaluated_last(trainer: PreferenceTrainer) -> dict[str, float] | None:
+    """What was logged of an evaluation after the last step; None where there is none to recompute.
+
+    LD-DPO weighs the tokens of a log-probability; several processes, or a last batch left out, make other means.
+    """
+    logs = [logs for logs in trainer.state.log_history if "eval_rewards/margins" in logs]
+    args = trainer.args
+    if not logs or logs[-1]["step"] != trainer.state.global_step:
+        return None
+    if trainer.ld_alpha is not None or args.world_size > 1 or args.dataloader_drop_last:
+        return None
+    return dict(logs[-1])
 
 
 def _pair_length(row: dict[str, Any]) -> int:

@@ -197,6 +197,48 @@ def check_saved(
     return {"policy": apart, "margin": margins_apart}
 
 
+def check_evaluation(
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    logged: Mapping[str, float],
+    *,
+    beta: float,
+    batch_size: int,
+    tolerance: Tolerance,
+) -> dict[str, float]:
+    """Rewards of the held-out pairs, recomputed from the two saved folders, are those that were logged last.
+
+    Args:
+        policy: `[N, 2]` nats of the saved DPO adapter on a fresh base, on the pairs in their order.
+        reference: the same of the SFT adapter.
+        logged: the last evaluation, with TRL's `eval_rewards/…`: each a mean over batches of a mean over pairs.
+        beta: DPO's beta.
+        batch_size: of the evaluation.
+        tolerance: by precision.
+
+    Returns:
+        How many `pairs`, and the largest difference of a mean reward, `apart`.
+
+    Raises:
+        PipelineError: what was logged is not what was saved.
+    """
+    rewards = beta * (policy - reference)  # Rafailov et al. 2023, equation 7 without its partition term
+    chosen, rejected = rewards.unbind(dim=1)
+    largest = 0.0
+    for name, values in (("chosen", chosen), ("rejected", rejected), ("margins", chosen - rejected)):
+        found = float(torch.stack([batch.mean() for batch in torch.split(values, batch_size)]).mean())
+        apart = abs(found - logged[f"eval_rewards/{name}"])
+        if not apart <= 2 * beta * tolerance.start:
+            raise _broken(
+                f"the last evaluation logged rewards/{name} {logged[f'eval_rewards/{name}']:.4g}, and the saved "
+                f"folders give {found:.4g}",
+                "what was saved is not what was evaluated; check `dpo.options`",
+                code="saved-differs",
+            )
+        largest = max(largest, apart)
+    return {"pairs": len(policy), "apart": largest}
+
+
 def check_start(
     scores: Scores, reopened: torch.Tensor, tolerance: Tolerance, *, beta: float, plain_sigmoid: bool
 ) -> None:

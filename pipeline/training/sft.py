@@ -38,6 +38,7 @@ from pipeline.training.stage import (
     longest,
     manifest_of,
     places_of,
+    require_optimizer,
     require_options,
     say_counts,
     say_dry_run,
@@ -89,6 +90,7 @@ def run_sft(
     quiet_libraries()
     ground = prepare_ground(experiment, console.print)
     join_processes(ground.placement.device, console.print)
+    require_optimizer("sft", stage.options, ground.placement)
     datasets, data, accounts, set_aside = {}, [], [], []
     places: list[str] = []
     for use, rows in checked.items():

@@ -25,7 +25,7 @@ from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 from pipeline.evaluation.questions import Question
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment, load_experiment
-from pipeline.model.base import template_sha256, tokenizer_sha256
+from pipeline.model.base import require_bitsandbytes, template_sha256, tokenizer_sha256
 from pipeline.model.device import Placement, is_out_of_memory
 from pipeline.model.ground import Ground, Say
 from pipeline.model.precision import as_it_trains
@@ -51,6 +51,8 @@ _S = TypeVar("_S", Sft, Dpo)
 DRY_RUN_STEPS = 3
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 """What the system says of a disk that is full, too small, read-only or broken."""
+_BITSANDBYTES = re.compile(r"paged|bnb|^(adamw|ademamix|lion)_8bit$")
+"""The optimizers of Transformers' `optim` that are bitsandbytes'."""
 
 
 def require_options(stage: Stage, options: dict[str, Any]) -> None:
@@ -62,6 +64,25 @@ def require_options(stage: Stage, options: dict[str, Any]) -> None:
     problems = check_options(stage, options)
     if problems:
         raise PipelineErrors(problems)
+
+
+def require_optimizer(stage: Stage, options: dict[str, Any], placement: Placement) -> None:
+    """Checks that the optimizer that `options` name is to be had here.
+
+    Raises:
+        PipelineError: it is one of bitsandbytes, which is not installed, or needs a GPU that is not there.
+    """
+    optim, pointer = str(options.get("optim", "")), f"/{stage}/options/optim"
+    if not _BITSANDBYTES.search(optim):
+        return
+    require_bitsandbytes(f"`optim: {optim}`", pointer)
+    if "paged" in optim and placement.device.type != "cuda":
+        raise PipelineError(
+            f"`optim: {optim}` pages its state between GPU and CPU memory, and this runs on {placement.describe()}",
+            code="conflict",
+            pointer=pointer,
+            mend="use `adamw_8bit`, or remove the line",
+        )
 
 
 def manifest_of(experiment: Experiment, ground: Ground, data: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -250,9 +271,20 @@ def begin(
 
 
 def build_trainer(kind: type[Any], *, model: Any, **given: Any) -> Any:
-    """TRL's trainer around a policy, whose weights keep their precision."""
-    with as_it_trains(model):
-        return kind(model=model, **given)
+    """TRL's trainer around a policy, whose weights keep their precision.
+
+    Raises:
+        PipelineError: TRL refuses the configuration for this model.
+    """
+    try:
+        with as_it_trains(model):
+            return kind(model=model, **given)
+    except (ValueError, NotImplementedError) as error:
+        raise PipelineError(
+            f"TRL refuses this configuration: {' '.join(str(error).split())[:400]}",
+            code="refused-option",
+            mend="change what the message names, under `options`",
+        ) from error
 
 
 def _go_on(resumption: Resumption, experiment: Experiment, manifest: dict[str, Any], say: Say) -> None:

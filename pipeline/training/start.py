@@ -76,10 +76,11 @@ def require_same_ground(name: str, folder: Path, run: Run | None, ground: Ground
         _require_saved_tokenizer(name, folder, ground)
         return
     base, tokenizer = run.manifest["base"], run.manifest["tokenizer"]
+    ours = tokenizer_sha256(ground.tokenizer)
     for what, then, this, pointer, mend in (
         ("base weights", base["sha256"], ground.base_sha256, "/model", f"`model.id: {base['id']}`, as it was then"),
         ("model.quantize", base["quantize"], quantize, "/model", f"`model.quantize: {base['quantize']}`"),
-        ("tokenizer", tokenizer["sha256"], tokenizer_sha256(ground.tokenizer), "/model", "its tokenizer files"),
+        ("tokenizer", tokenizer.get("sha256", ours), ours, "/model", "its tokenizer files"),
         (
             "chat template",
             tokenizer["template_sha256"],

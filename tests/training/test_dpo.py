@@ -47,6 +47,8 @@ def test_step_zero_margins_and_drift(
     assert reference["drift"] == 0.0
     assert reference["start_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert outcome.as_dict()["reference"] == reference
+    assert reference["evaluation"]["pairs"] == 4
+    assert reference["evaluation"]["apart"] < 1e-4
     assert run.manifest["parent"] == "lights/sft-001"
     logged = [line for line in metrics_of(run.path) if "rewards/margins" in line]
     assert logged[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)

@@ -11,6 +11,7 @@ from pipeline.training.proof import (
     Scores,
     Tolerance,
     check_drift,
+    check_evaluation,
     check_movement,
     check_saved,
     check_start,
@@ -117,3 +118,20 @@ def test_the_saved_folders_must_give_what_the_trainer_gave() -> None:
         with pytest.raises(PipelineError, match="not the trained policy") as caught:
             check_saved(other, REFERENCE, trained, TOLERANCE, beta=0.1)
         assert caught.value.code == "saved-differs"
+
+
+def test_rewards_from_the_saved_folders_are_those_of_the_last_evaluation() -> None:
+    """Beta 0.5; log-ratios of chosen 2, 4, 9 and of rejected 0, 2, -1 in batches of 2 and 1: means of 3 and 9, of 1 and
+    -1, so rewards of 0.5 * 6 and 0.5 * 0, and a margin of 3."""
+    policy = torch.tensor([[2.0, 0.0], [4.0, 2.0], [9.0, -1.0]])
+    reference = torch.zeros(3, 2)
+    logged = {"eval_rewards/chosen": 3.0, "eval_rewards/rejected": 0.0, "eval_rewards/margins": 3.0}
+    given = {"beta": 0.5, "batch_size": 2, "tolerance": TOLERANCE}
+    assert check_evaluation(policy, reference, logged, **given) == {"pairs": 3, "apart": 0.0}
+    within = check_evaluation(policy, reference, {**logged, "eval_rewards/margins": 3.015}, **given)
+    assert within["apart"] == pytest.approx(0.015)
+    for name in logged:
+        for wrong in (logged[name] + 0.05, float("nan")):
+            with pytest.raises(PipelineError, match="folders give") as caught:
+                check_evaluation(policy, reference, {**logged, name: wrong}, **given)
+            assert caught.value.code == "saved-differs"
