@@ -32,7 +32,8 @@ def test_the_figures_agree(
         kept = {(line["step"], name): value for line in lines for name, value in line.items() if name != "step"}
         manifest = json.loads((outcome.run / "run.json").read_text())
         newest = {name: value for line in lines for name, value in line.items() if name != "step"}
-        assert manifest["metrics"] == newest
+        # The manifest has times and speeds as well, which differ from one hour to the next.
+        assert {name: value for name, value in manifest["metrics"].items() if name in newest} == newest
         mirrored = {
             (row["_step"], name): value
             for row in history(offline_records(outcome.run))
