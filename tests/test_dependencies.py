@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_OTHERS = {
-    "accelerate": "Transformers' Trainer",
     "gguf": "Transformers, for GGUF files",
 }
 """Imported by a library that does not depend on it by itself."""
