@@ -257,6 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("run", metavar="RUN", help="a run, an adapter folder or an adapter's hub id")
     merge.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; else the run's")
+    send = add("wandb-sync", _wandb_sync, "send a run's record to W&B that could not be sent while it trained", where)
+    send.add_argument("run", metavar="RUN")
     runs = add("runs", _runs, "list the runs, or what differs between some of them", where)
     runs.add_argument("--experiment", metavar="NAME", help="only its runs")
     runs.add_argument("--stage", choices=("sft", "dpo"))
@@ -396,6 +398,17 @@ def _dpo(arguments: argparse.Namespace, console: Console) -> Answer:
             resume=resume,
         )
     return {"ok": True, **outcome.as_dict()}, ExitCode.DONE
+
+
+def _wandb_sync(arguments: argparse.Namespace, console: Console) -> Answer:
+    from pipeline.experiment_file import load_experiment
+    from pipeline.runs.run import find_run, require_run
+    from pipeline.wandb_sync import sync
+
+    run = require_run(find_run(arguments.checkpoints, arguments.run))
+    experiment = load_experiment(run.path / "experiment.yaml").experiment
+    sent = sync(run, experiment, lambda line: console.print(line, highlight=False))
+    return {"ok": True, "run": str(run.path), "wandb": sent}, ExitCode.DONE
 
 
 def _resume(arguments: argparse.Namespace, *, dry_run: bool = False, start: str | None = None) -> Resume | None:

@@ -3,6 +3,9 @@
 W&B is kept at arm's length: it mirrors `metrics.jsonl`, and never blocks or ends a run. Whatever goes wrong in it is
 said once, and the run goes on without it. The resolved experiment and the manifest
 are handed over; what W&B would gather by itself (environment, code, git remotes, console) stays here.
+
+W&B is spoken to from a thread of its own, so that a service that is slow, stopped or killed holds up no training step:
+at the start it may take `_INIT_TIMEOUT` seconds, at the end `_FINISH_TIMEOUT`, in between nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +13,10 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import queue
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -20,6 +26,10 @@ from pipeline.experiment import Tracking, Wandb
 
 _INIT_TIMEOUT = 30.0
 """Seconds that W&B may take to answer before the run is kept offline."""
+_FINISH_TIMEOUT = 60.0
+"""Seconds that W&B may take at the end to send what it has not sent yet."""
+_WAITING = 100_000
+"""Calls that may wait for W&B before it is given up."""
 
 
 def choose_mode(mode: str) -> str:
@@ -48,6 +58,10 @@ class Tracker:
     def __init__(self, run: Any, say: Callable[[str], None]) -> None:
         self._run = run
         self._say = say
+        self._todo: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_WAITING)
+        self._worker: threading.Thread | None = None
+        self.gave_up = False
+        """Whether W&B was left out on the way."""
 
     @property
     def id(self) -> str | None:
@@ -60,6 +74,13 @@ class Tracker:
             return None
         mode = "offline" if self._run.settings.mode in ("offline", "dryrun") else "online"
         return {"id": self.id, "mode": mode, "project": self._run.project, "group": self._run.group}
+
+    def give_up(self, cause: str) -> None:
+        """Goes on without W&B, and says so once."""
+        if self._run is not None:
+            self._run, self.gave_up = None, True
+            kept = "metrics.jsonl holds everything, and `pipeline wandb-sync RUN` sends it later"
+            self._say(f"W&B {cause}; the run goes on, {kept}")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """The metrics of one logged step, under the names they have in `metrics.jsonl`."""
@@ -93,16 +114,47 @@ class Tracker:
             run.finish(exit_code=0 if manifest["status"] == "finished" else 1)
 
         self._guarded(end)
+        if self._worker is not None:
+            self._todo.put(None)
+            self._worker.join(_FINISH_TIMEOUT)
+            if self._worker.is_alive():
+                self.give_up(f"did not answer within {_FINISH_TIMEOUT:.0f} s")
+            if self._run is None:
+                _end_service()
         self._run = None
 
     def _guarded(self, act: Callable[[Any], None]) -> None:
+        """Has `act` done with the W&B run, behind what was asked before; the caller does not wait."""
         if self._run is None:
             return
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, args=(self._run,), name="W&B", daemon=True)
+            self._worker.start()
         try:
-            act(self._run)
-        except Exception as error:
-            self._say(f"W&B stopped ({type(error).__name__}); the run goes on, metrics.jsonl holds everything")
-            self._run = None
+            self._todo.put_nowait(act)
+        except queue.Full:
+            self.give_up("does not keep up")
+
+    def _work(self, run: Any) -> None:
+        while (act := self._todo.get()) is not None:
+            if self._run is None:
+                continue  # given up
+            try:
+                act(run)
+            except Exception as error:
+                self.give_up(f"stopped ({type(error).__name__})")
+
+
+def _end_service() -> None:
+    """Ends W&B's own process, a child of this one: it would hold up the end of this one as well, or spoil it."""
+    import psutil
+    import wandb
+
+    with suppress(Exception):
+        for child in psutil.Process().children():
+            if child.name().startswith("wandb-core"):
+                child.kill()
+        wandb.teardown(1)
 
 
 class TensorBoard:
@@ -191,6 +243,7 @@ def start_tracker(
     folder: Path,
     config: dict[str, Any],
     say: Callable[[str], None],
+    earlier: dict[str, Any] | None = None,
 ) -> Tracker:
     """A tracker for a run.
 
@@ -202,6 +255,8 @@ def start_tracker(
         folder: the run folder; W&B's files go to `wandb/` in it.
         config: the resolved experiment and the manifest so far.
         say: tells the user one line.
+        earlier: what `describe` said before the run was stopped: an online run is continued under its id. One that was
+            offline is not: W&B would take its second part for a new beginning, and forget the first.
     """
     mode = choose_mode(settings.mode)
     if mode == "disabled":
@@ -209,6 +264,8 @@ def start_tracker(
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
+
+        continued = earlier["id"] if earlier and earlier["mode"] == "online" else None
 
         def init(mode: str) -> Any:
             return wandb.init(
@@ -219,11 +276,14 @@ def start_tracker(
                 name=name,
                 dir=folder,
                 mode=mode,  # type: ignore[arg-type]
+                id=continued if mode == "online" else None,
+                resume="allow" if continued and mode == "online" else None,
                 config=config,
                 save_code=False,
                 reinit="create_new",
                 settings=wandb.Settings(
                     init_timeout=_INIT_TIMEOUT,
+                    finish_timeout=_FINISH_TIMEOUT,
                     console="off",
                     silent=True,
                     disable_code=True,

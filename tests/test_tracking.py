@@ -1,19 +1,26 @@
 from __future__ import annotations
 
 import json
+import signal
 import struct
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline import tracking
 from pipeline.errors import PipelineError
 from pipeline.experiment import Tracking, Wandb
-from pipeline.experiment_file import load_experiment
-from pipeline.runs.run import read_run
+from pipeline.experiment_file import dump_experiment, load_experiment
+from pipeline.runs.run import create_run, read_run
 from pipeline.tracking import choose_mode, require_tracking, start_tracker
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
+from pipeline.wandb_sync import sync
 
 
 def offline_records(run: Path) -> list[Any]:
@@ -199,3 +206,140 @@ def test_a_tracker_that_breaks_midway_is_said_once(tmp_path: Path) -> None:
         tracker.log(step, {"loss": 1.0})
     tracker.finish({"status": "finished"})
     assert len(said) == 1
+    assert "pipeline wandb-sync RUN" in said[0]
+
+
+class Slow:
+    """A W&B run that does not answer until it is told to."""
+
+    id = "x"
+
+    def __init__(self) -> None:
+        self.answer = threading.Event()
+        self.logged: list[int] = []
+
+    def log(self, metrics: Any, step: int) -> None:
+        self.answer.wait()
+        self.logged.append(step)
+
+
+def test_nobody_waits_for_a_service_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call would block for ever: training goes on, and the end waits for the stated time only."""
+    ended: list[bool] = []
+    monkeypatch.setattr(tracking, "_FINISH_TIMEOUT", 0.01)
+    monkeypatch.setattr(tracking, "_WAITING", 3)
+    monkeypatch.setattr(tracking, "_end_service", lambda: ended.append(True))
+    said: list[str] = []
+    slow = Slow()
+    tracker = tracking.Tracker(slow, said.append)
+    for step in range(10):
+        tracker.log(step, {"loss": 1.0})
+    tracker.finish({"status": "finished"})
+    assert len(said) == 1
+    assert "does not keep up" in said[0] or "did not answer" in said[0]
+    assert (ended, tracker.gave_up) == ([True], True)
+    slow.answer.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_service_that_is_stopped_or_killed_ends_neither_the_run_nor_its_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """W&B's own process, for real; no traceback is left on the way out."""
+    script = (
+        "import psutil, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline import tracking\n"
+        "from pipeline.experiment import Wandb\n"
+        "tracking._FINISH_TIMEOUT = 1.0\n"
+        "tracker = tracking.start_tracker(Wandb(mode='offline'), experiment='e', name='sft-001', stage='sft',\n"
+        "    folder=Path(sys.argv[1]), config={}, say=print)\n"
+        "for child in psutil.Process().children():\n"
+        f"    child.send_signal({int(number)})\n"
+        "for step in range(5000):\n"
+        "    tracker.log(step, {'loss': 1.0, 'text': 'x' * 1000})\n"
+        "tracker.finish({'status': 'finished'})\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "alive"
+    assert "pipeline wandb-sync RUN" in done.stdout
+
+
+class Taking:
+    """What `wandb.init` gives, as far as it is used here."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.id = arguments["id"] or "new"
+        self.project, self.group = arguments["project"], arguments["group"]
+        self.settings = SimpleNamespace(mode=arguments["mode"])
+        self.config = SimpleNamespace(update=lambda *given, **more: None)
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.logged.append((step, metrics))
+
+    def finish(self, exit_code: int) -> None:
+        self.ended = exit_code
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Taking]:
+    import wandb
+
+    runs: list[Taking] = []
+
+    def init(**arguments: Any) -> Taking:
+        runs.append(Taking(**arguments))
+        return runs[-1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    return runs
+
+
+@pytest.mark.parametrize(("mode", "continued"), [("online", "old"), ("offline", None)])
+def test_a_resumed_run_keeps_its_id_where_it_can_be_continued(
+    tmp_path: Path, taken: list[Taking], mode: str, continued: str | None
+) -> None:
+    settings = {"experiment": "e", "name": "sft-001", "stage": "sft", "folder": tmp_path, "config": {}, "say": print}
+    earlier = {"id": "old", "mode": mode, "project": "e", "group": "e"}
+    tracking.start_tracker(Wandb(mode="online"), earlier=earlier, **settings)
+    assert taken[0].arguments["id"] == continued
+    assert taken[0].arguments["resume"] == ("allow" if continued else None)
+    assert taken[0].group == "e"
+
+
+def test_sync_sends_the_record_under_a_new_id_in_the_same_group(
+    write_experiment: Any, tmp_path: Path, taken: list[Taking]
+) -> None:
+    experiment = load_experiment(write_experiment()).experiment
+    run = create_run(tmp_path / "runs", "lights", "sft", dump_experiment(experiment), {"wandb": {"id": "old"}})
+    with pytest.raises(PipelineError, match="logged nothing"):
+        sync(run, experiment, print)
+    run.metrics_file.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    run.end("finished")
+    said: list[str] = []
+    sync(run, experiment, said.append)
+    assert taken[0].logged == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
+    assert (taken[0].arguments["group"], taken[0].arguments["mode"], taken[0].ended) == ("lights", "online", 0)
+    manifest = read_run(run.path).manifest
+    assert (manifest["wandb"]["id"], manifest["wandb_earlier"]) == ("new", [{"id": "old"}])
+    assert said == ["sent: 2 lines as lights/new, group lights"]
+
+
+def test_sync_says_what_was_not_taken(write_experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def refuse(**arguments: Any) -> Any:
+        raise wandb.errors.AuthenticationError("no such key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    experiment = load_experiment(write_experiment()).experiment
+    run = create_run(tmp_path / "runs", "lights", "sft", dump_experiment(experiment), {"wandb": {"id": "old"}})
+    run.metrics_file.write_text('{"step": 1, "loss": 0.5}\n')
+    with pytest.raises(PipelineError) as caught:
+        sync(run, experiment, lambda line: None)
+    assert caught.value.code == "not-sent"
+    assert read_run(run.path).manifest["wandb"] == {"id": "old"}

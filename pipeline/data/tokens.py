@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from pipeline.data.bounds import RENDER_SECONDS, require_small_rendering, require_small_template, time_limit
 from pipeline.data.codes import TOKEN_MENDS
 from pipeline.data.rows import Message, Preference
 from pipeline.errors import ExitCode, PipelineError
@@ -87,12 +88,17 @@ def apply_template(
             mend="name a Jinja file as `tokenizer.chat_template`, or take an instruct model",
         )
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            add_generation_prompt=add_generation_prompt,
-            **how,
-        )
+        require_small_template(tokenizer.chat_template)
+        # Transformers renders in Jinja's sandbox: nothing of Python can be reached, but a loop can be long.
+        with time_limit(RENDER_SECONDS):
+            rendered = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                add_generation_prompt=add_generation_prompt,
+                **how,
+            )
+        given = len(str(tools or "")) + sum(len(str(message)) for message in messages)
+        require_small_rendering(rendered, given)
     except Exception as error:  # whatever a template raises: Jinja's errors, or its own `raise_exception`
         raise PipelineError(
             f"the chat template refuses a conversation: {' '.join(str(error).split())[:200]}",
@@ -101,6 +107,7 @@ def apply_template(
             mend=TOKEN_MENDS["template-refuses"],
             exit_code=ExitCode.WRONG,
         ) from error
+    return rendered
 
 
 class Sequences(NamedTuple):

@@ -79,6 +79,13 @@ def find_checkpoint(state: Path, metrics: Path) -> Search:
 def problem_of(folder: Path) -> str | None:
     """Why a folder is no whole checkpoint; None where it is one."""
     try:
+        return _problem_of(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{CHECKPOINT_MANIFEST} is damaged"
+
+
+def _problem_of(folder: Path) -> str | None:
+    try:
         body = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
         claimed = body.pop("sha256")
         if _sha256_of(body) != claimed:
@@ -88,12 +95,10 @@ def problem_of(folder: Path) -> str | None:
         return f"it has no {CHECKPOINT_MANIFEST}, so it was never completed"
     except OSError as error:
         return f"{CHECKPOINT_MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{CHECKPOINT_MANIFEST} is damaged"
     for name, listed in files.items():
         try:
             found = fingerprint(folder / name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

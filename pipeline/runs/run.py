@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint, write_atomically, write_json
+from pipeline.runs.lock import LOCK
 
 Stage = Literal["sft", "dpo"]
 Status = Literal["running", "finished", "failed", "interrupted"]
 MANIFEST = "run.json"
 DEFAULT_ROOT = Path("checkpoints")
+_OWN = ("state", "adapter", "metrics.jsonl", "experiment.yaml", MANIFEST, LOCK)
+"""What is written into a run that is gone on with."""
 _LISTED = ("experiment.yaml", "metrics.jsonl", "proof.json", "set-aside.jsonl", "adapter/**/*")
 _FOLDER = re.compile(r"^(sft|dpo)-(\d{3,})$")
 
@@ -96,6 +99,7 @@ def create_run(root: Path, experiment: str, stage: Stage, resolved: str, manifes
         PipelineError: the folder cannot be written.
     """
     parent = root / experiment
+    require_inside(root, parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -124,6 +128,22 @@ def create_run(root: Path, experiment: str, stage: Stage, resolved: str, manifes
     return run
 
 
+def require_inside(root: Path, path: Path) -> None:
+    """No link leads a run, or a file that is written into it, out of the folder of runs.
+
+    Raises:
+        PipelineError: `path`, or one of a run's own files in it, is such a link.
+    """
+    for one in (path, *(path / name for name in _OWN)):
+        if one.is_symlink() and not one.resolve().is_relative_to(root.resolve()):
+            raise PipelineError(
+                f"a symbolic link leads out of {root}, to {one.resolve()}",
+                code="outside",
+                file=one,
+                mend="remove the link; another disk can be named with --checkpoints",
+            )
+
+
 def read_run(path: Path) -> Run:
     """The run in `path`.
 
@@ -139,7 +159,7 @@ def read_run(path: Path) -> Run:
             code="no-such-run",
             mend="`pipeline runs` lists the runs",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PipelineError(
             f"the manifest cannot be read: {error}", code="damaged-run", file=manifest, mend="use another run"
         ) from error

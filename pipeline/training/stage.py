@@ -259,6 +259,7 @@ def begin(
                 folder=run.path,
                 config={"experiment": experiment.model_dump(mode="json"), "manifest": run.manifest},
                 say=say,
+                earlier=run.manifest.get("wandb"),
             )
             run.update(wandb=wandb.describe())
             tensorboard = [TensorBoard(run.path / "tensorboard")] if experiment.tracking.tensorboard else []

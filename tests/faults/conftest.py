@@ -120,11 +120,16 @@ class Arena:
         newest = max((root / variant).glob(f"{stage}-*"))
         return left(newest) if json.loads((newest / "run.json").read_text())["status"] == "finished" else None
 
-    def judge(self, fault: str, what: str, found: Left | None, expected: Left) -> None:
-        """Notes whether a fault was survived."""
+    def judge(self, fault: str, what: str, survived: bool) -> None:
+        """Notes whether a fault was survived; the account is printed at the end.
+
+        Raises:
+            AssertionError: it was not.
+        """
         self.tried[fault] = self.tried.get(fault, 0) + 1
-        if found != expected:
+        if not survived:
             self.lost.setdefault(fault, []).append(what)
+        assert survived, f"lost: {fault}: {what}"
 
 
 def left(run: Path) -> Left:
