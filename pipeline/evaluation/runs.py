@@ -41,6 +41,7 @@ from pipeline.model.builtin import cache_directory
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
+from pipeline.training.engine.precision import multiplication
 from pipeline.training.start import find_adapter
 
 BASE = "base"
@@ -85,7 +86,7 @@ def compare_runs(
     names = _names(runs)
     candidates = [Candidate(BASE, base)] if with_base else []
     candidates += [_candidate(name, run, model, base, root) for name, run in zip(names, runs, strict=True)]
-    with _progress(console) as ticking:
+    with _progress(console) as ticking, multiplication(experiment.engine.precision, ground.placement.device):
         comparison = compare(
             candidates,
             ground.tokenizer,

@@ -38,7 +38,8 @@ def test_figures() -> None:
     metrics, absent = figures(TUNED, seed=0)
     assert absent == {}
     assert set(metrics) == {
-        "ends_by_itself", "match/f", "preference_accuracy", "preference_margin", "perplexity", "length_mean"
+        "ends_by_itself", "match/f", "preference_accuracy", "preference_margin", "perplexity", "length_mean",
+        "repetition",
     }  # fmt: skip
     assert metrics["match/f"] == proportion([True, False])
     assert metrics["preference_accuracy"] == proportion([True, False, True, False])
@@ -46,15 +47,16 @@ def test_figures() -> None:
     assert (metrics["length_mean"].value, metrics["length_mean"].low, metrics["length_mean"].n) == (5, 5, 3)
 
     metrics, _ = figures(BASE, seed=0)
-    assert set(metrics) == {"ends_by_itself", "match/f", "perplexity", "length_mean"}
+    assert set(metrics) == {"ends_by_itself", "match/f", "perplexity", "length_mean", "repetition"}
     assert metrics["ends_by_itself"].value == pytest.approx(2 / 3)
     assert metrics["perplexity"].value == pytest.approx(2 ** (8 / 6))
     assert metrics["length_mean"].value == 6
+    assert metrics["repetition"].value == 0
 
 
 def test_differences() -> None:
     deltas = differences(TUNED, BASE, seed=0)
-    assert set(deltas) == {"ends_by_itself", "match/f", "perplexity", "length_mean"}
+    assert set(deltas) == {"ends_by_itself", "match/f", "perplexity", "length_mean", "repetition"}
     assert deltas["match/f"] == proportion_difference([True, False], [False, False])
     assert deltas["perplexity"].value == pytest.approx(2 ** (4 / 6) - 2 ** (8 / 6))
     # Row by row 1, -3, -1: not the difference of two resampled means.
@@ -79,6 +81,6 @@ def test_what_is_not_finite_is_absent_with_a_reason(broken: float) -> None:
     diverged = dataclasses.replace(TUNED, logps=[-1.0, -abs(broken)], margins=[0.5, broken, 0.5, 0.5])
     metrics, absent = figures(diverged, seed=0)
     assert set(absent) == {"perplexity", "preference_margin", "preference_accuracy"}
-    assert set(metrics) == {"ends_by_itself", "match/f", "length_mean"}
-    assert set(differences(diverged, TUNED, seed=0)) == {"ends_by_itself", "match/f", "length_mean"}
-    assert set(differences(TUNED, diverged, seed=0)) == {"ends_by_itself", "match/f", "length_mean"}
+    assert set(metrics) == {"ends_by_itself", "match/f", "length_mean", "repetition"}
+    assert set(differences(diverged, TUNED, seed=0)) == {"ends_by_itself", "match/f", "length_mean", "repetition"}
+    assert set(differences(TUNED, diverged, seed=0)) == {"ends_by_itself", "match/f", "length_mean", "repetition"}
