@@ -150,7 +150,7 @@ def _end_service() -> None:
     import psutil
     import wandb
 
-    with suppress(Exception):
+    with suppress(Exception, SystemExit):  # W&B leaves Python with the status of its process, were it killed
         for child in psutil.Process().children():
             if child.name().startswith("wandb-core"):
                 child.kill()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_OTHERS = {
+    "accelerate": "Transformers' Trainer",
     "gguf": "Transformers, for GGUF files",
     "tensorboard": "torch.utils.tensorboard",
 }

@@ -233,7 +233,7 @@ def test_a_file_of_something_else_does_not_drown_its_reader(read: Read) -> None:
         ("scope: {lora: {layers: [1, -1]}}", "out-of-range", "item 2 of `layers`"),
         ("evaluation: {checks: {a b: {must_match: x}}}", "out-of-range", "`a b` is not a name"),
         ("evaluation: {checks: {a: {must_match: '('}}}", "bad-regex", "at character 1 of 1"),
-        ("evaluation: {checks: {a: {}}}", "conflict", "neither"),
+        ("evaluation: {checks: {a: {}}}", "conflict", "gives none"),
         ("data: {preferences: {eval: x}}", "missing-key", "add `train:` under `data.preferences`"),
         ("sft: {eval_strategy: epoch}", "conflict", "data.demonstrations.eval"),
         ("dpo: {loss_type: ipo, loss_weights: [1, 2]}", "conflict", "2 numbers for 1"),

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.experiment import _F_DIVERGENCE, _LABEL_SMOOTHING, Dpo, LossType, Sft
 from pipeline.trl_options import ELSEWHERE, REFUSED, REFUSED_IN_DPO, Stage, check_options, refused_options
 
-OURS = {"unfreeze", "options"}
+OURS = {"adapter", "unfreeze", "options"}
 """Keys of a stage that are not TRL's."""
 
 HANDED_THROUGH = {

@@ -209,7 +209,7 @@ def test_quantising_without_bitsandbytes_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     error = unloadable(tiny_folder, Model(quantize="nf4"))
     assert (error.code, error.pointer) == ("missing-package", "/model/quantize")
-    assert error.mend == "pip install bitsandbytes"
+    assert error.mend == "pip install 'preference-pipeline[quantize]'"
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def test_a_signal_saves_at_the_end_of_its_step(
     run = read_run(tmp_path / "lights/sft-001")
     assert run.status == "interrupted"
     assert problem_of(run.path / "state/checkpoint-2") is None
-    assert steps_of(run.path)[:2] == [(1, "loss"), (2, "loss")]
-    assert not any(kind == "eval_loss" for _, kind in steps_of(run.path))
+    assert steps_of(run.path)[:3] == [(0, "eval_loss"), (1, "loss"), (2, "loss")]
+    assert not any(kind == "eval_loss" for step, kind in steps_of(run.path) if step)
 
 
 def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(
@@ -114,7 +114,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
     def interrupted(self: Any, *rest: Any, **more: Any) -> Any:
         nonlocal evaluated
         evaluated += 1
-        if evaluated == 2:
+        if evaluated == 6:  # the second row behind the four of step 0
             os.kill(os.getpid(), signal.SIGTERM)
         return prediction_step(self, *rest, **more)
 
@@ -123,9 +123,9 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
         with pytest.raises(PipelineError) as caught:
             run_sft(experiment(write_experiment, per_device_eval_batch_size=1), tmp_path, console)
     assert "step 3 of 6, with a checkpoint of step 3" in caught.value.message
-    assert evaluated == 2  # of four
+    assert evaluated == 6
     run = tmp_path / "lights/sft-001"
-    assert steps_of(run) == [(1, "loss"), (2, "loss"), (3, "loss"), (3, "train_loss")]
+    assert steps_of(run) == [(0, "eval_loss"), (1, "loss"), (2, "loss"), (3, "loss"), (3, "train_loss")]
     run_sft(experiment(write_experiment, per_device_eval_batch_size=1), tmp_path, console, resume=Resume())
     for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (run / file).read_bytes() == (whole.run / file).read_bytes()

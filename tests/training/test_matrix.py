@@ -179,8 +179,8 @@ def test_cell(
     seen: dict[str, Any] = {}
     train, save = dpo_module.train, dpo_module.save_adapter
 
-    def watched_train(trainer: Any, *rest: Any) -> Any:
-        seen["trainer"], metrics = trainer, train(trainer, *rest)
+    def watched_train(trainer: Any, *rest: Any, **more: Any) -> Any:
+        seen["trainer"], metrics = trainer, train(trainer, *rest, **more)
         return metrics
 
     def watched_save(policy: Any, *rest: Any) -> None:
