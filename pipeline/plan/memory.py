@@ -24,7 +24,10 @@ _DPO_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device, at the worst moment of a step."""
+    """Bytes on the device, at the worst moment of a step on TRL's own path.
+
+    It is an upper bound: where the engine computes without padding and each prompt once, the blocks keep less.
+    """
 
     weights: int
     """The base, with the frozen originals of what is opened."""

@@ -52,8 +52,9 @@ def _print_memory(stage: StagePlan, process: int | None, console: Console) -> No
     table.add_row("together", _size(memory.total))
     console.print(table)
     console.print(
-        f"for the largest batch: {batch.sequences} sequences of {batch.length:,} tokens, {batch.positions:,} in the "
-        "loss" + ("" if stage.rows.lengths else " (the rows' lengths are not known: max_length stands in for them)"),
+        f"at most, for the largest batch padded as TRL pads it: {batch.sequences} sequences of {batch.length:,} "
+        f"tokens, {batch.positions:,} in the loss"
+        + ("" if stage.rows.lengths else " (the rows' lengths are not known: max_length stands in for them)"),
         highlight=False,
     )
     if memory.why_unknown is not None:

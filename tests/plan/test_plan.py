@@ -133,7 +133,9 @@ def test_options_are_checked_first(planned: Callable[..., Plan]) -> None:
 @pytest.mark.builtin_model
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_built_in_model_trains_in_the_planned_memory(stage: str, tmp_path: Path, console: Console) -> None:
-    """Stated tolerance: a quarter of the process's peak, libraries included, over three steps on the longest rows."""
+    """Stated tolerance, over three steps on the longest rows, libraries included: the plan counts TRL's padded batches,
+    so the peak is no higher than it says; and what the engine leaves out is less than half of it.
+    """
     recipe = Path(__file__).parents[2] / "recipes/partial.yaml"
     changes = ["sft.per_device_train_batch_size=4", "dpo.per_device_train_batch_size=2", "dpo.unfreeze.last_blocks=2"]
     made = plan(load_experiment(recipe, changes).experiment, tmp_path, console)
@@ -149,4 +151,4 @@ def test_the_built_in_model_trains_in_the_planned_memory(stage: str, tmp_path: P
     peak = run(stage, "--dry-run")["peak_memory_bytes"]
     total = made.as_dict()["stages"][stage]["memory_bytes"]
     assert made.process_bytes is not None
-    assert total + made.process_bytes == pytest.approx(peak, rel=0.25)
+    assert 0.5 < peak / (total + made.process_bytes) < 1.0
