@@ -77,7 +77,7 @@ class Start:
     """The adapter that DPO starts from."""
 
     name: str
-    """`<experiment>/sft-001`, or the folder of a foreign adapter."""
+    """`<experiment>/sft-001`, the folder of a run that lies elsewhere, or of a foreign adapter."""
     folder: Path
     hashes: dict[str, str]
     """`sha256` of its weights and `config_sha256` of its configuration."""
@@ -113,7 +113,9 @@ def find_start(experiment: Experiment, root: Path, start: str | None) -> tuple[S
             file=found.adapter,
             mend="train SFT again; or name the folder `adapter` itself with --from to take it as it is",
         )
-    return Start(found.name, found.adapter, hashes), found
+    # A run of another folder of runs is found again by its path alone.
+    here = (root / found.name).resolve() == found.path.resolve()
+    return Start(found.name if here else str(found.path.resolve()), found.adapter, hashes), found
 
 
 def _same_start(resumption: Resumption, experiment: Experiment, root: Path) -> tuple[Start, Run | None]:

@@ -49,6 +49,14 @@ def test_an_untouched_run_holds(runs: dict[str, Run], tmp_path: Path, console: A
     assert all(ok for ok, _ in verified(runs["sft"], tmp_path / "runs", console).values())
 
 
+def test_a_start_in_another_folder_of_runs_is_found_again(runs: dict[str, Run], tmp_path: Path, console: Any) -> None:
+    experiment = load_experiment(runs["dpo"].path / "experiment.yaml").experiment
+    elsewhere = tmp_path / "elsewhere"
+    run = read_run(run_dpo(experiment, elsewhere, console, start=str(runs["sft"].path)).run)
+    assert run.manifest["parent"] == str(runs["sft"].path.resolve())
+    assert {name for name, (ok, _) in verified(run, elsewhere, console).items() if not ok} == set()
+
+
 def test_a_changed_policy_is_seen(runs: dict[str, Run], tmp_path: Path, console: Any) -> None:
     file = runs["dpo"].adapter / "adapter_model.safetensors"
     weights = load_file(file)
