@@ -191,6 +191,25 @@ def test_a_tracker_that_cannot_start_leaves_the_run_alone(tmp_path: Path, monkey
     assert "metrics.jsonl holds everything" in said[1]
 
 
+def test_a_killed_process_of_wandb_does_not_end_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`wandb.teardown` leaves Python with the status of its process: -9 where that was killed."""
+    import sys
+
+    import wandb
+
+    from pipeline.tracking import _end_service
+
+    left: list[object] = []
+
+    def leave(code: int) -> None:
+        left.append(code)
+        sys.exit(-9)
+
+    monkeypatch.setattr(wandb, "teardown", leave)
+    _end_service()
+    assert left == [1]
+
+
 def test_a_tracker_that_breaks_midway_is_said_once(tmp_path: Path) -> None:
     from pipeline.tracking import Tracker
 

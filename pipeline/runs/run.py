@@ -128,6 +128,11 @@ def create_run(root: Path, experiment: str, stage: Stage, resolved: str, manifes
     return run
 
 
+def is_run_name(name: str) -> bool:
+    """Whether `name` ends as a run's does: in `sft-001` or the like."""
+    return _FOLDER.match(Path(name).name) is not None
+
+
 def require_inside(root: Path, path: Path) -> None:
     """No link leads a run, or a file that is written into it, out of the folder of runs.
 

@@ -11,7 +11,7 @@ from pipeline.model.adapter import read_config
 from pipeline.model.base import BaseFiles, template_sha256, tokenizer_sha256
 from pipeline.model.ground import Ground, Say
 from pipeline.runs.files import ADAPTER_CONFIG
-from pipeline.runs.run import Run, find_run
+from pipeline.runs.run import Run, find_run, is_run_name
 
 _HUB_ID = re.compile(r"^(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?$")
 _HUB_FILES = ["adapter_*", "*/adapter_*", "tokenizer*", "special_tokens_map.json", "*.jinja"]
@@ -34,7 +34,9 @@ def find_adapter(root: Path, name: str) -> tuple[str, Run | Path]:
         found = find_run(root, name)
     except PipelineError as error:
         hub = _HUB_ID.match(name)
-        if error.code != "no-such-run" or hub is None or Path(name).exists() or (root / name).exists():
+        # A run that is gone is not looked for on the hub: whoever names one asks nothing of the network.
+        named_here = is_run_name(name) or Path(name).exists() or (root / name).exists()
+        if error.code != "no-such-run" or hub is None or named_here:
             raise
         return _from_hub(name, hub["id"], hub["revision"], error)
     return (found.name if isinstance(found, Run) else str(found)), found

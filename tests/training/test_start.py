@@ -64,6 +64,14 @@ def test_an_adapter_of_any_name_is_found_in_the_folder_of_its_name(
         find_run(tmp_path, "foreign")
 
 
+def test_a_run_that_is_gone_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name))
+    with pytest.raises(PipelineError, match="neither a run nor"):
+        find_adapter(tmp_path, "lights/sft-001")
+    assert asked == []
+
+
 def test_an_adapter_of_the_hub_is_found_at_its_commit(
     write_foreign: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
