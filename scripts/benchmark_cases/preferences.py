@@ -133,7 +133,7 @@ def train_side(
 
     rows = Dataset.from_list(json.loads((folder / "pairs.json").read_text()))
     config = dpo_config(stage, output=folder / side, seed=SEED, placement=place("cpu", "float32"), evaluates=False)
-    config.gradient_checkpointing = side == "trl"
+    config.gradient_checkpointing = config.activation_checkpointing = side == "trl"
     config.precompute_ref_log_probs = side == "trl-tuned"
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
     policy = own() if side == "ours" else stock()
