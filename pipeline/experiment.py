@@ -366,9 +366,10 @@ class Dpo(_Stage):
 class Engine(_Section):
     """How training is computed. The curve stays TRL's: exactly, or within 5e-3 of the loss where `fast` rounds."""
 
-    precision: Literal["exact", "fast"] = "exact"
-    """How float32 matrices are multiplied. `exact`: with float32's own error. `fast`: in bfloat16 (on a CPU that has
-    AMX) or TF32 (on CUDA). Half-precision weights (`model.dtype`) are multiplied as they are."""
+    precision: Literal["auto", "exact", "fast"] = "auto"
+    """How float32 matrices are multiplied. `exact`: with float32's own error. `fast`: gradients from factors rounded to
+    bfloat16, on a CPU that multiplies it; on CUDA everything in TF32. `auto`: `fast` on a CPU, else `exact`.
+    Half-precision weights (`model.dtype`) are multiplied as they are."""
     trunk_cache: Literal["auto", "off", "memory", "disk"] = "auto"
     """Where DPO keeps the output of the blocks below everything that trains, so that they are computed once a row.
     `auto`: in memory, if a quarter of what is free holds it. What is kept goes with the run."""

@@ -25,6 +25,7 @@ from pipeline.tracking import require_tracking
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.keeper import Resumable
@@ -126,7 +127,7 @@ def run_sft(
             run,
             tracker,
         ),
-        compact_head(),
+        compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
         console.print(products.words, highlight=False)
@@ -148,6 +149,7 @@ def run_sft(
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
         trainer.say = console.print
+        join_products(trainer.model, rounds=products.round_gradients)
         why_padded = leave_padding_out(trainer, rounds=products.round)
         if why_padded is not None:
             console.print(f"batches keep their padding: {why_padded}", highlight=False)
