@@ -410,11 +410,11 @@ class Check(_Section):
 class Judge(_Section):
     """A model behind an endpoint that speaks OpenAI's chat completions, asked which of two answers is better."""
 
-    base_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
+    base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@?#]+$")]
     """Up to and without `/chat/completions`."""
     model: Text
     """As the endpoint names it."""
-    key_env: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    key_env: Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")] = "OPENAI_API_KEY"
     """The environment variable that holds the key; the key itself is written nowhere."""
     instruction: Text = (
         "Compare two answers to one question. Correctness counts most, then how well the answer does what was asked, "
@@ -537,10 +537,11 @@ class Experiment(_Section):
                 "lora",
                 "bias",
             )
-        if self.dpo.adapter == "new" and (lora.use_dora or lora.bias != "none"):
-            key = "use_dora" if lora.use_dora else "bias"
+        no_sum = lora.use_dora and self.dpo.adapter != "continue"
+        if no_sum or (self.dpo.adapter == "new" and lora.bias != "none"):
+            key = "use_dora" if no_sum else "bias"
             raise _refuse(
-                f"`dpo.adapter: new` is saved as one LoRA with the SFT adapter, which `{key}` does not allow",
+                f"`dpo.adapter: {self.dpo.adapter}` makes SFT's adapter a part of a sum, which `{key}` does not allow",
                 f"remove `{key}`, or use `adapter: continue`",
                 "scope",
                 "lora",

@@ -11,7 +11,7 @@ from pipeline.model.base import BaseFiles
 from pipeline.model.device import Placement, available_memory
 from pipeline.plan.memory import Memory, memory_of
 from pipeline.plan.outline import outline
-from pipeline.plan.rhythm import Rows, largest_batch
+from pipeline.plan.rhythm import Length, Rows, largest_batch
 from pipeline.plan.trace import Batch
 from pipeline.training.arguments import dpo_config, sft_config
 
@@ -25,7 +25,7 @@ def settle_checkpointing(
     experiment: Experiment,
     files: BaseFiles,
     placement: Placement,
-    lengths: Sequence[tuple[int, int]],
+    lengths: Sequence[Length],
     say: Callable[[str], None],
 ) -> _S:
     """The stage with `gradient_checkpointing: auto` decided; any other setting stays.
@@ -37,7 +37,7 @@ def settle_checkpointing(
         experiment: the definition that it belongs to.
         files: the base.
         placement: where it will be trained; nothing has been loaded there yet.
-        lengths: of each training row, tokens of its (longest) sequence, and positions in the loss.
+        lengths: of each training row.
         say: tells the user, where it is on.
     """
     if settings.gradient_checkpointing != "auto":
@@ -60,7 +60,7 @@ def _needed(
     experiment: Experiment,
     files: BaseFiles,
     placement: Placement,
-    lengths: Sequence[tuple[int, int]],
+    lengths: Sequence[Length],
 ) -> Memory:
     """The memory of the stage without checkpointing."""
     dpo = isinstance(settings, Dpo)

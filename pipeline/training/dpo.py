@@ -19,14 +19,15 @@ from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
-from pipeline.model.adapter import attached, hashes_of, require_adapter, save_adapter
+from pipeline.model.adapter import attached, hashes_of, read_config, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
 from pipeline.model.builtin import cache_directory
 from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
-from pipeline.model.policy import open_policy
+from pipeline.model.policy import open_policy, require_stackable
 from pipeline.model.scope import trainable_of
 from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.rhythm import pair_length
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.tracking import require_tracking
@@ -184,6 +185,7 @@ def run_dpo(
         origin, sft_run = find_start(experiment, root, start)
     else:
         origin, sft_run = _same_start(resumption, experiment, root)
+    require_stackable(read_config(origin.folder), origin.folder, stage.adapter)
     console.print(f"start and reference: {origin.name}")
     aside = experiment.data.on_invalid == "set-aside"
     checked = {
@@ -217,7 +219,7 @@ def run_dpo(
         experiment,
         ground.files,
         ground.placement,
-        [_sequence_and_positions(row) for row in datasets["train"]],
+        [pair_length(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in datasets["train"]],
         console.print,
     )
 
@@ -380,11 +382,6 @@ def _evaluated_last(trainer: PreferenceTrainer) -> dict[str, float] | None:
 
 def _pair_length(row: dict[str, Any]) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def _sequence_and_positions(row: dict[str, Any]) -> tuple[int, int]:
-    chosen, rejected = len(row["chosen_ids"]), len(row["rejected_ids"])
-    return len(row["prompt_ids"]) + max(chosen, rejected), chosen + rejected
 
 
 def _is_plain_sigmoid(trainer: PreferenceTrainer) -> bool:

@@ -10,7 +10,6 @@ from transformers import set_seed
 
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
-from pipeline.data.masks import IGNORED
 from pipeline.data.tokenised import label_demonstrations, require_usable
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment
@@ -20,6 +19,7 @@ from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
 from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.rhythm import demonstration_length
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.tracking import require_tracking
 from pipeline.training.arguments import sft_config
@@ -112,7 +112,7 @@ def run_sft(
         experiment,
         ground.files,
         ground.placement,
-        [(len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])) for row in datasets["train"]],
+        [demonstration_length(row) for row in datasets["train"]],
         console.print,
     )
 

@@ -30,6 +30,7 @@ from pipeline.model.device import Placement, is_out_of_memory
 from pipeline.model.ground import Ground, Say
 from pipeline.model.precision import as_it_trains
 from pipeline.model.scope import Trainable, is_opened
+from pipeline.redaction import hide
 from pipeline.runs.checkpoints import drop_newer
 from pipeline.runs.files import sweep, write_atomically
 from pipeline.runs.lock import locked
@@ -466,7 +467,7 @@ def recorded(run: Run) -> Iterator[None]:
     except Exception as error:
         failure = machine_failure(error)
         described = (
-            failure.as_dict() if failure else {"code": "internal", "message": f"{type(error).__name__}: {error}"}
+            failure.as_dict() if failure else {"code": "internal", "message": hide(f"{type(error).__name__}: {error}")}
         )
         with suppress(OSError):  # a full disk: then the manifest goes on saying `running`
             run.end("failed", error=described)

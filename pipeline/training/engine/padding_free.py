@@ -13,7 +13,8 @@ batches, and so does every model whose log-probabilities on a trial batch differ
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -67,6 +68,16 @@ def attend_by_row(
     return torch.cat(rows, dim=1), None
 
 
+def by_row(lengths: list[int], own: str) -> dict[str, Any]:
+    """What a model's forward takes for attention by row, where its attention is `SEGMENTS`.
+
+    Args:
+        lengths: of the rows.
+        own: the model's own attention, `sdpa` or `eager`.
+    """
+    return {_LENGTHS: lengths, _ITSELF: own}
+
+
 def _attend(module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any) -> Any:
     """One row by SDPA, which knows causality by itself."""
     mask = None if window is None or length <= window else _allowed(length, window, query.device)
@@ -113,7 +124,9 @@ def leave_padding_out(trainer: Any, *, rounds: bool = False) -> str | None:
     Returns:
         Why padding stays; None where it is gone.
     """
-    reason = _obstacle(trainer)
+    reason = obstacle(_base_model(trainer), trainer.args)
+    if reason is None and len(trainer.train_dataset) < 2:
+        reason = "there is but one row"
     if reason is not None:
         return reason
     model = _base_model(trainer)
@@ -140,9 +153,13 @@ def _base_model(trainer: Any) -> Any:
     return trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
 
 
-def _obstacle(trainer: Any) -> str | None:
-    """Why a model or its settings need padding, as far as can be told without running it."""
-    model, args = _base_model(trainer), trainer.args
+def obstacle(model: Any, args: Any) -> str | None:
+    """Why a model or its settings need padding, as far as can be told without running it.
+
+    Args:
+        model: the causal language model itself.
+        args: TRL's configuration.
+    """
     config = model.config
     implementation = config._attn_implementation
     other = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
@@ -158,9 +175,17 @@ def _obstacle(trainer: Any) -> str | None:
         return "`neftune_noise_alpha` scales its noise by the padded length"
     if args.pad_to_multiple_of:
         return "`pad_to_multiple_of` asks for it"
-    if len(trainer.train_dataset) < 2:
-        return "there is but one row"
     return None
+
+
+@contextmanager
+def own_masks() -> Iterator[None]:
+    """While open, no mask is taken from before, and none that is made stays: those of a trace have no storage."""
+    _allowed.cache_clear()
+    try:
+        yield
+    finally:
+        _allowed.cache_clear()
 
 
 def _dispatch_rows(backbone: Any) -> Callable[[], None]:
@@ -171,7 +196,6 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
     Returns:
         What takes this back.
     """
-    AttentionInterface.register(SEGMENTS, attend_by_row)
     # A block that PEFT copied for an adapter has a configuration of its own.
     found = [module.config for module in backbone.modules() if hasattr(module, "config")]
     configs = list({id(config): config for config in found}.values())
@@ -186,7 +210,7 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
         if boundaries is not None:
             for key in ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
                 kwargs.pop(key, None)
-            kwargs |= {_LENGTHS: boundaries.diff().tolist(), _ITSELF: own}
+            kwargs |= by_row(boundaries.diff().tolist(), own)
         use(own if boundaries is None else SEGMENTS)
         return args, kwargs
 
@@ -225,3 +249,6 @@ def _logps(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
         output = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
     logps: torch.Tensor = output.log_probs[output.label_mask]
     return logps.float()
+
+
+AttentionInterface.register(SEGMENTS, attend_by_row)

@@ -11,7 +11,7 @@ import torch
 from trl import DPOTrainer
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.training.engine.joint import joint_length
+from pipeline.training.engine.joint import joint_sizes
 from pipeline.training.engine.micro_batches import ROWS, MicroBatches
 from pipeline.training.engine.reference import COLUMNS, KeptReference
 from pipeline.training.engine.shared_prompt import SharedPrompt
@@ -153,4 +153,4 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
             if data is not None
             for row in data
         }
-        return sum(joint_length(chosen, rejected) for chosen, rejected in rows)
+        return sum(sum(joint_sizes(chosen, rejected)) for chosen, rejected in rows)
