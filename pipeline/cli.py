@@ -246,6 +246,12 @@ def _parser() -> argparse.ArgumentParser:
         help="let the experiment's judge compare the answers, where it names one (default)",
     )
     compare.add_argument(
+        "--lm-eval",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the experiment's tasks of lm-eval to every version, where it names any (default)",
+    )
+    compare.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. evaluation.temperature=0.7"
     )
     report = add("report", _report, "one HTML page about runs, that asks nothing of the network", where)
@@ -464,7 +470,13 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
     else:
         experiment = load_experiment(arguments.experiment, arguments.set).experiment
     comparison = compare_runs(
-        runs, experiment, arguments.checkpoints, console, with_base=arguments.base, with_judge=arguments.judge
+        runs,
+        experiment,
+        arguments.checkpoints,
+        console,
+        with_base=arguments.base,
+        with_judge=arguments.judge,
+        with_lm_eval=arguments.lm_eval,
     )
     print_comparison(comparison, console)
     return {"ok": True, **comparison.as_dict()}, ExitCode.DONE
