@@ -158,3 +158,14 @@ def test_perplexity_difference_is_paired() -> None:
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
         (factor * whole.value, factor * whole.high, factor * whole.low)
     )
+
+
+def test_the_head_is_given_whole_rows(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of each row would have PyTorch copy the head's weights for every row of the batch."""
+    whole: list[bool] = []
+    head = chat_model.get_output_embeddings()
+    stock = head.forward
+    monkeypatch.setattr(head, "forward", lambda given: (whole.append(given.is_contiguous()), stock(given))[1])
+    completion_logps(chat_model, [Completion([1, 2, 3], [4, 5]), Completion([6, 7, 8], [9, 1])])
+    assert whole == [True]
+    assert not head._forward_pre_hooks
