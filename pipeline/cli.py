@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # With --format json, stdout is one JSON object's: people, and libraries that print, get stderr.
     console = Console(stderr=as_json, soft_wrap=True, quiet=not first)
+    # bitsandbytes, where it is installed, tells everyone of a faster kernel that it did not find, when it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with ExitStack() as stack:
         stack.enter_context(_stoppable())
         if as_json:
