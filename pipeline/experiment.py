@@ -423,6 +423,22 @@ class Judge(_Section):
     """What the judge is told to look at."""
 
 
+class LmEval(_Section):
+    """Tasks of the lm-evaluation-harness (the extra `lm-eval`); names and meaning are its own."""
+
+    tasks: Annotated[list[Text], Field(min_length=1)]
+    """Tasks, groups, or patterns of them: `hellaswag`, `mmlu_*`."""
+    limit: PositiveInt | None = None
+    """Asks the first so many rows of each task only; null: all."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question; null: as the task says."""
+    batch_size: PositiveInt = 8
+    apply_chat_template: bool = False
+    """Asks through the tokenizer's chat template."""
+    include_path: Text | None = None
+    """A folder of tasks of your own. A task may name Python functions beside it, which lm-eval runs."""
+
+
 class Evaluation(_Section):
     """What `compare` asks of the base and of each run."""
 
@@ -443,6 +459,8 @@ class Evaluation(_Section):
     match: list[Text] = Field(default_factory=list)
     """Fields of the JSON answer that must equal the reference's."""
     checks: dict[Name, Check] = Field(default_factory=dict)
+    lm_eval: LmEval | None = None
+    """Also puts tasks of the lm-evaluation-harness to each version."""
     judge: Judge | None = None
     """Also lets a judge compare each version's answers with those of the version before it."""
 

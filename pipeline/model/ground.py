@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +56,5 @@ def quiet_libraries() -> None:
     # PEFT on an opened head that was tied to the embeddings: it is untied on purpose, and `say_trainable` says so.
     warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
 
-    # bitsandbytes, where it is installed, tells everyone of a faster kernel that it did not find.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -252,6 +252,7 @@ def begin(
         tracker = Mirrors()
         if is_first() and not dry_run:
             say(f"run: {run.path}")
+            earlier = run.manifest.get("wandb")
             wandb = start_tracker(
                 experiment.tracking.wandb,
                 experiment=experiment.name,
@@ -260,8 +261,11 @@ def begin(
                 folder=run.path,
                 config={"experiment": experiment.model_dump(mode="json"), "manifest": run.manifest},
                 say=say,
-                earlier=run.manifest.get("wandb"),
+                earlier=earlier,
+                step=0 if resumption is None else resumption.checkpoint.step,
             )
+            if earlier and earlier["id"] != wandb.id:
+                run.update(wandb_earlier=[*run.manifest.get("wandb_earlier", []), earlier])
             run.update(wandb=wandb.describe())
             tensorboard = [TensorBoard(run.path / "tensorboard")] if experiment.tracking.tensorboard else []
             tracker = Mirrors(wandb, *tensorboard)
