@@ -26,7 +26,7 @@ from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy
 from pipeline.model.scope import trainable_of
-from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.tracking import require_tracking
@@ -163,6 +163,20 @@ def run_dpo(
         PipelineError: data, start, model or machine are not fit, step 0 does not read ln 2 and margin 0, or the
             reference moved; a run that was begun says `failed` or `interrupted`.
     """
+    with within_memory() as budget:
+        return _run_dpo(experiment, root, console, budget, start=start, dry_run=dry_run, resume=resume)
+
+
+def _run_dpo(
+    experiment: Experiment,
+    root: Path,
+    console: Console,
+    budget: Budget,
+    *,
+    start: str | None,
+    dry_run: bool,
+    resume: Resume | None,
+) -> Outcome:
     stage = experiment.dpo
     split = experiment.data.preferences
     if split is None:
@@ -214,6 +228,7 @@ def run_dpo(
         ground.placement,
         [_sequence_and_positions(row) for row in datasets["train"]],
         console.print,
+        budget,
     )
 
     base = load_base(ground.files, experiment.model, ground.placement)
@@ -232,10 +247,16 @@ def run_dpo(
         reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
     with (
-        begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
-            run,
-            tracker,
-        ),
+        begin(
+            experiment,
+            "dpo",
+            root,
+            manifest,
+            console.print,
+            dry_run=dry_run,
+            resumption=resumption,
+            budget=budget,
+        ) as (run, tracker),
         compact_head(),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
@@ -297,6 +318,7 @@ def run_dpo(
         run.update(engine={**run.manifest["engine"], "trunk": trunk, "reference": {**kept, "key": key}})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
+        budget.doing = "training"
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )
