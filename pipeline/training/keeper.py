@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         trainer._total_train_tokens = counters["tokens"]
         trainer.pieces = counters["pieces"]
         trainer._metrics["train"].update(counters["metrics_since_log"])
-        states = torch.load(self._resumed.path / _GENERATORS, weights_only=True)
+        with _plain_values():
+            states = torch.load(self._resumed.path / _GENERATORS, weights_only=True)
         self._pending = states[process if process < len(states) else 0]
         self._epoch_began = self._pending["epoch"]
         self._owes_evaluation = counters["owes_evaluation"]
@@ -298,7 +301,8 @@ class Resumable:
         groups = [] if checkpoint is None else self.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with _plain_values():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         for group, setting in zip(self.optimizer.param_groups if settings else [], settings, strict=True):
             group.update(setting)
         if checkpoint is not None and rates != getattr(self.lr_scheduler, "base_lrs", []):
@@ -318,6 +322,23 @@ class Resumable:
         # Trainer would train one step more when it is resumed behind the last one of a broken epoch.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**settings)  # type: ignore[misc]
+
+
+@contextmanager
+def _plain_values() -> Iterator[None]:
+    """What is read inside holds tensors and plain values, and no code.
+
+    Raises:
+        PipelineError: it does not, though its hashes hold: somebody has sealed it anew.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise PipelineError(
+            f"the checkpoint holds something else than a trainer's state: {' '.join(str(error).split())[:200]}",
+            code="foreign-state",
+            mend="do not resume from it; start a new run",
+        ) from error
 
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:

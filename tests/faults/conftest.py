@@ -43,6 +43,10 @@ CELLS = [
     *(("dpo", variant) for variant in ("plain", "stacked", "trunk", "accumulated", "opened", "sparse-log")),
 ]
 """Stage and variant, wherever the variant makes a difference."""
+BUILTIN = os.environ.get("FAULT_MODEL") == "builtin"
+"""Whether the faults are those of the built-in model: few steps of it, one variant; `scripts/faults builtin`."""
+if BUILTIN:
+    CELLS = [("sft", "plain"), ("dpo", "plain")]
 SHARE = -(-KILLS // len(CELLS))
 """Seeded kills of each cell."""
 
@@ -379,7 +383,7 @@ def arena(small_folder: Path, tiny_data: dict[str, Path], tmp_path_factory: pyte
     }
     definition = {
         "seed": 3,
-        "model": {"id": str(small_folder), "device": "cpu"},
+        "model": {"id": "builtin:smollm2-135m" if BUILTIN else str(small_folder), "device": "cpu"},
         "data": {
             "demonstrations": {
                 "train": str(tiny_data["demonstrations"]),
@@ -393,6 +397,10 @@ def arena(small_folder: Path, tiny_data: dict[str, Path], tmp_path_factory: pyte
         "evaluation": {"prompts": str(tiny_data["demonstrations-eval"]), "max_new_tokens": 3},
         "tracking": {"wandb": {"mode": "disabled"}, "samples": 2},
     }
+    if BUILTIN:  # six steps
+        short = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "eval_strategy": "no", "learning_rate": 1e-4}
+        definition |= {"tracking": {"wandb": {"mode": "disabled"}, "samples": 0}}
+        definition |= {stage: {**rhythm, **short} for stage in ("sft", "dpo")}
     # A child's garbage collections leave what was imported alone.
     gc.collect()
     gc.freeze()
