@@ -73,14 +73,6 @@ def place(device: str, dtype: str) -> Placement:
     return Placement(chosen, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the machine's memory does not suffice."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
-
-
 def give_memory_back() -> None:
     """Frees what nothing refers to any more, on the GPU too."""
     gc.collect()

@@ -26,7 +26,7 @@ from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy, require_stackable
 from pipeline.model.scope import trainable_of
-from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
 from pipeline.plan.rhythm import pair_length
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
@@ -169,6 +169,20 @@ def run_dpo(
         PipelineError: data, start, model or machine are not fit, step 0 does not read ln 2 and margin 0, or the
             reference moved; a run that was begun says `failed` or `interrupted`.
     """
+    with within_memory() as budget:
+        return _run_dpo(experiment, root, console, budget, start=start, dry_run=dry_run, resume=resume)
+
+
+def _run_dpo(
+    experiment: Experiment,
+    root: Path,
+    console: Console,
+    budget: Budget,
+    *,
+    start: str | None,
+    dry_run: bool,
+    resume: Resume | None,
+) -> Outcome:
     stage = experiment.dpo
     split = experiment.data.preferences
     if split is None:
@@ -221,6 +235,7 @@ def run_dpo(
         ground.placement,
         [pair_length(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in datasets["train"]],
         console.print,
+        budget,
     )
 
     base = load_base(ground.files, experiment.model, ground.placement)
@@ -239,10 +254,16 @@ def run_dpo(
         reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
     with (
-        begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
-            run,
-            tracker,
-        ),
+        begin(
+            experiment,
+            "dpo",
+            root,
+            manifest,
+            console.print,
+            dry_run=dry_run,
+            resumption=resumption,
+            budget=budget,
+        ) as (run, tracker),
         compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
@@ -306,6 +327,7 @@ def run_dpo(
         run.update(engine={**run.manifest["engine"], "trunk": trunk})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
+        budget.doing = "training"
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )

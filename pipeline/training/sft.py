@@ -18,7 +18,7 @@ from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
-from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
 from pipeline.plan.rhythm import demonstration_length
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.tracking import require_tracking
@@ -70,6 +70,13 @@ def run_sft(
     Raises:
         PipelineError: data, model or machine are not fit; a run that was begun says `failed` or `interrupted`.
     """
+    with within_memory() as budget:
+        return _run_sft(experiment, root, console, budget, dry_run=dry_run, resume=resume)
+
+
+def _run_sft(
+    experiment: Experiment, root: Path, console: Console, budget: Budget, *, dry_run: bool, resume: Resume | None
+) -> Outcome:
     stage = experiment.sft
     split = experiment.data.demonstrations
     if split is None:
@@ -114,6 +121,7 @@ def run_sft(
         ground.placement,
         [demonstration_length(row) for row in datasets["train"]],
         console.print,
+        budget,
     )
 
     base = load_base(ground.files, experiment.model, ground.placement)
@@ -123,10 +131,16 @@ def run_sft(
     policy = new_policy(base, adapter_config)
     manifest = manifest_of(experiment, ground, data, parent=None)
     with (
-        begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
-            run,
-            tracker,
-        ),
+        begin(
+            experiment,
+            "sft",
+            root,
+            manifest,
+            console.print,
+            dry_run=dry_run,
+            resumption=resumption,
+            budget=budget,
+        ) as (run, tracker),
         compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
@@ -159,6 +173,7 @@ def run_sft(
             trainable=trainable.as_dict(),
             engine={"products": products.words, "padding_free": why_padded is None, "refusal": why_padded},
         )
+        budget.doing = "training"
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )
