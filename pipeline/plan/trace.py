@@ -25,7 +25,8 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.joint import Joint
-from pipeline.training.engine.padding_free import SEGMENTS, by_row, own_masks
+from pipeline.training.engine.padding_free import SEGMENTS, by_row
+from pipeline.training.engine.short import own_masks
 
 
 @dataclass(frozen=True)

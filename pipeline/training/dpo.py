@@ -36,7 +36,7 @@ from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
-from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
+from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
 from pipeline.training.proof import (
@@ -295,7 +295,7 @@ def _run_dpo(
             trainer.data_collator([pair._asdict() for pair in proof_pairs[at : at + size]])
             for at in range(0, len(proof_pairs), size)
         ]
-        few = trainer.data_collator([pair._asdict() for pair in proof_pairs[:TRIAL_PAIRS]])
+        few = trainer.trial_batch()
         refusal = trainer.share_prompts(few, rounds=tolerance.drift > 0)
         if refusal is None:
             console.print("each prompt is computed once for both completions")

@@ -115,7 +115,7 @@ def train_side(
     from pipeline.training.engine.linear import join_products
     from pipeline.training.engine.precision import multiplication
     from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
-    from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
+    from pipeline.training.engine.trainer import PreferenceTrainer
 
     quiet_libraries()
     warnings.simplefilter("ignore")
@@ -147,7 +147,7 @@ def train_side(
             products = stack.enter_context(multiplication(precision, policy.device))
             trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
             trainer.opened_learning_rate = opened_rate
-            batch = trainer.data_collator([rows[at] for at in range(TRIAL_PAIRS)])
+            batch = trainer.trial_batch()
             refusal = trainer.share_prompts(batch)
             assert refusal is None, refusal
             join_products(policy, rounds=products.round_gradients)

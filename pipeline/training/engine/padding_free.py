@@ -13,16 +13,15 @@ batches, and so does every model whose log-probabilities on a trial batch differ
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pipeline.training.engine.short import attend
+from pipeline.training.engine.short import allowed_to_see, attend
+from pipeline.training.engine.trial import trial_rows, window_of
 
 SEGMENTS = "pipeline_rows"
 """The name under which `attend_by_row` is registered with Transformers."""
@@ -80,7 +79,7 @@ def by_row(lengths: list[int], own: str) -> dict[str, Any]:
 
 def _attend(module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any) -> Any:
     """One row by SDPA, which knows causality by itself."""
-    mask = None if window is None or length <= window else _allowed(length, window, query.device)
+    mask = None if window is None or length <= window else allowed_to_see(length, window, query.device)
     return attend(module, query, key, value, mask, **kwargs)
 
 
@@ -88,17 +87,9 @@ def _attend_eagerly(
     module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any
 ) -> Any:
     """One row by the model's own eager attention, which takes everything from the mask."""
-    allowed = _allowed(length, window or length, query.device)
+    allowed = allowed_to_see(length, window or length, query.device)
     mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
     return _eager_of(module)(module, query, key, value, mask, **kwargs)[0]
-
-
-@lru_cache(maxsize=16)
-def _allowed(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """`[1, 1, length, length]`: whether a query sees a key, itself and the `window - 1` before it."""
-    at = torch.arange(length, device=device)
-    behind = at[:, None] - at[None, :]
-    return ((behind >= 0) & (behind < window))[None, None]
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
@@ -178,16 +169,6 @@ def obstacle(model: Any, args: Any) -> str | None:
     return None
 
 
-@contextmanager
-def own_masks() -> Iterator[None]:
-    """While open, no mask is taken from before, and none that is made stays: those of a trace have no storage."""
-    _allowed.cache_clear()
-    try:
-        yield
-    finally:
-        _allowed.cache_clear()
-
-
 def _dispatch_rows(backbone: Any) -> Callable[[], None]:
     """Lets each forward of `backbone` choose its attention by its batch: by row where rows are given, else its own.
 
@@ -224,14 +205,9 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
 
 
 def _largest_difference(trainer: Any, collator: DataCollatorForLanguageModeling) -> float:
-    """How far log-probabilities lie apart, in nats of a token, between the two forms of one batch.
-
-    The batch has the longest row, which overruns a sliding window if any does, between the first ones.
-    """
+    """How far log-probabilities lie apart, in nats of a token, between the two forms of one batch."""
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    chosen = [at for at in range(min(_TRIAL_ROWS, len(lengths))) if at != longest]
-    chosen.insert(1, longest)
+    chosen = trial_rows(lengths, _TRIAL_ROWS, window_of(_base_model(trainer).config))
     rows = [trainer.train_dataset[at] for at in chosen]
     was_training = trainer.model.training
     trainer.model.eval()

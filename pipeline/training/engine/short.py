@@ -7,6 +7,8 @@ of attention for the backward pass, so the rule stops where these would take mor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -66,7 +68,28 @@ def _products(
     return (weights @ value[0]).view(1, heads, length, -1).transpose(1, 2)
 
 
+@lru_cache(maxsize=16)
+def allowed_to_see(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """`[1, 1, length, length]`: whether a query sees a key, itself and the `window - 1` before it."""
+    at = torch.arange(length, device=device)
+    behind = at[:, None] - at[None, :]
+    return ((behind >= 0) & (behind < window))[None, None]
+
+
 @lru_cache(maxsize=64)
 def _causal(length: int) -> torch.Tensor:
     """`[length, length]`: 0 up to a query's own key, minus infinity behind it."""
     return torch.full((length, length), float("-inf")).triu(1)
+
+
+@contextmanager
+def own_masks() -> Iterator[None]:
+    """While open, no mask is taken from before, and none that is made stays: those of a trace have no storage."""
+    made = (allowed_to_see, _causal)
+    for mask in made:
+        mask.cache_clear()
+    try:
+        yield
+    finally:
+        for mask in made:
+            mask.cache_clear()

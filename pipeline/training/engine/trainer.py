@@ -15,10 +15,11 @@ from pipeline.training.engine.joint import joint_sizes
 from pipeline.training.engine.micro_batches import ROWS, MicroBatches
 from pipeline.training.engine.reference import COLUMNS, KeptReference
 from pipeline.training.engine.shared_prompt import SharedPrompt
+from pipeline.training.engine.trial import trial_rows, window_of
 from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
 from pipeline.training.stage import split_learning_rates
 
-TRIAL_PAIRS = 2
+_TRIAL_PAIRS = 2
 """On how many pairs a faster path is held against TRL's before it is taken; the proof goes on to hold it on more."""
 _PLACES = {"memory": "in memory", "disk": "in a file that goes with the run"}
 
@@ -79,6 +80,18 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
         """TRL's, and the same."""
         with held(self.model):
             return super().compute_ref_log_probs(model, inputs)
+
+    def trial_batch(self) -> dict[str, Any]:
+        """A few training pairs, as the collator makes a batch of them, to try a faster path on."""
+        rows = self.train_dataset
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        lengths = [
+            len(prompt) + max(len(chosen), len(rejected))
+            for prompt, chosen, rejected in zip(*(rows[name] for name in names), strict=True)
+        ]
+        window = window_of(self.accelerator.unwrap_model(self.model).config)
+        batch: dict[str, Any] = self.data_collator([rows[at] for at in trial_rows(lengths, _TRIAL_PAIRS, window)])
+        return batch
 
     def share_prompts(self, batch: dict[str, Any], *, rounds: bool = False) -> str | None:
         """Encodes prompts once for both completions, if that computes the same as TRL's own forward.
