@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 
 from pipeline.errors import PipelineError
 from pipeline.experiment import Tracking, Wandb
+from pipeline.redaction import hide
 
 _INIT_TIMEOUT = 30.0
 """Seconds that W&B may take to answer before the run is kept offline."""
@@ -307,6 +308,6 @@ def start_tracker(
             say(f"W&B cannot be reached ({type(error).__name__}); the run is tracked offline")
             run = init("offline")
     except Exception as error:
-        say(f"W&B is left out ({type(error).__name__}: {error}); metrics.jsonl holds everything")
+        say(f"W&B is left out ({type(error).__name__}: {hide(str(error))}); metrics.jsonl holds everything")
         return Tracker(None, say)
     return Tracker(run, say)

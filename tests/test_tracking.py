@@ -396,6 +396,32 @@ def test_sync_sends_the_record_under_a_new_id_in_the_same_group(
     assert said == ["sent: 2 lines as lights/new, group lights"]
 
 
+def test_the_command_sends_a_record_or_says_why_not(
+    write_experiment: Any, tmp_path: Path, taken: list[Taking], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    from pipeline.cli import main
+
+    experiment = load_experiment(write_experiment()).experiment
+    run = create_run(tmp_path / "runs", "lights", "sft", dump_experiment(experiment), {"wandb": {"id": "old"}})
+    run.metrics_file.write_text('{"step": 1, "loss": 0.5}\n')
+    run.end("finished")
+    command = ["wandb-sync", "lights/sft-001", "--checkpoints", str(tmp_path / "runs"), "--format", "json"]
+    assert main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["run"], answer["wandb"]["id"], answer["wandb"]["group"]) == (str(run.path), "new", "lights")
+    assert taken[0].logged == [(1, {"loss": 0.5})]
+
+    def refuse(**arguments: Any) -> Any:
+        raise wandb.errors.AuthenticationError("no such key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert main(command) == 4
+    assert json.loads(capsys.readouterr().out)["errors"][0]["code"] == "not-sent"
+    assert main([*command[:1], "lights/sft-002", *command[2:]]) == 2
+
+
 def test_sync_says_what_was_not_taken(write_experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

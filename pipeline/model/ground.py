@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.experiment import Experiment
 from pipeline.model.base import BaseFiles, find_base, load_tokenizer, require_bitsandbytes
-from pipeline.model.device import Placement, place
+from pipeline.model.device import Placement, place, reuse_memory
 
 Say = Callable[[str], None]
 """Tells the user one line."""
@@ -32,6 +32,7 @@ def prepare_ground(experiment: Experiment, say: Say) -> Ground:
         PipelineError: one of them is not to be had.
     """
     placement = place(experiment.model.device, experiment.model.dtype)
+    reuse_memory()
     if experiment.model.quantize == "nf4":
         require_bitsandbytes("`model.quantize: nf4`", "/model/quantize")
     say(f"device: {placement.describe()}")
