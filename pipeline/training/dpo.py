@@ -46,6 +46,7 @@ from pipeline.training.proof import (
     check_movement,
     check_saved,
     check_start,
+    evaluated_sample,
     fingerprints,
     reference_hash,
     score,
@@ -358,17 +359,18 @@ def _run_dpo(
         if is_first():
             write_proof(run.path, proof_pairs, saved, start_again)
         if evaluated is not None:
-            held_out, before_dpo = (_reopened(fresh, folder, pairs["eval"]) for folder in (run.adapter, origin.folder))
+            asked = [pairs["eval"][at] for at in evaluated_sample(len(pairs["eval"]))]
+            held_out, before_dpo = (_reopened(fresh, folder, asked) for folder in (run.adapter, origin.folder))
             reference["evaluation"] = check_evaluation(
                 held_out,
                 before_dpo,
-                evaluated,
+                *evaluated,
                 beta=stage.beta,
                 batch_size=stage.per_device_eval_batch_size,
                 tolerance=tolerance,
             )
             console.print(
-                f"proof: rewards of {len(pairs['eval'])} held-out pairs from the saved folders are those logged last "
+                f"proof: rewards of {len(asked)} held-out pairs from the saved folders are those evaluated last "
                 f"({reference['evaluation']['apart']:.1e} apart)",
                 highlight=False,
             )
@@ -388,8 +390,8 @@ def _reopened(base: Any, folder: Path, pairs: list[Pair]) -> torch.Tensor:
         return torch.stack(pair_logps(model, pairs), dim=1)
 
 
-def _evaluated_last(trainer: PreferenceTrainer) -> dict[str, float] | None:
-    """What was logged of an evaluation after the last step; None where there is none to recompute.
+def _evaluated_last(trainer: _Trainer) -> tuple[torch.Tensor, dict[str, float]] | None:
+    """Rewards `[N, 2]` of an evaluation after the last step, and what was logged of it; None where there is none.
 
     LD-DPO weighs the tokens of a log-probability; several processes, or a last batch left out, make other means.
     """
@@ -399,7 +401,10 @@ def _evaluated_last(trainer: PreferenceTrainer) -> dict[str, float] | None:
         return None
     if trainer.ld_alpha is not None or args.world_size > 1 or args.dataloader_drop_last:
         return None
-    return dict(logs[-1])
+    rewards = trainer.last_pairs
+    if rewards is None:
+        return None
+    return torch.tensor([rewards.chosen_rewards, rewards.rejected_rewards]).T, dict(logs[-1])
 
 
 def _pair_length(row: dict[str, Any]) -> int:

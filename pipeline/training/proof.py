@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import torch
 from pipeline.data.tokens import Pair
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.runs.files import write_json
+from pipeline.training.engine.reference import COLUMNS
 
 PROOF = "proof.json"
 PROOF_PAIRS = 8
+EVALUATED_PAIRS = 16
 """How many of the first training pairs are scored."""
 
 _SIGMOID_AT_ZERO = math.log(2)
@@ -89,25 +92,20 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
     trainer.model.eval()
     # LD-DPO weighs the tokens of a log-probability; the proof is about the plain sums.
     trainer.ld_alpha = None
-    # The reference in memory is the one to prove, not what was kept of it.
-    trainer.precompute_ref_logps = False
+    # The reference in memory is the one to prove, not what was kept of it: it is scored here.
+    trainer.precompute_ref_logps = True
     references, policies, losses = [], [], []
     try:
         with torch.no_grad():
             for batch in batches:
                 inputs = trainer._prepare_inputs(dict(batch))
-                references.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, inputs), dim=1))
-                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-                with trainer.accelerator.autocast():
-                    outputs = trainer.model(
-                        input_ids=inputs["input_ids"],
-                        attention_mask=inputs["attention_mask"],
-                        labels=labels,
-                        use_cache=False,
-                        fused_lm_head=True,
-                    )
-                    policies.append(torch.stack(outputs.log_probs.sum(dim=1).chunk(2), dim=1))
+                reference = trainer.compute_ref_log_probs(trainer.model, inputs)
+                references.append(torch.stack(reference, dim=1))
+                # As TRL's precomputed columns, so that its loss is of these very numbers.
+                inputs |= dict(zip(COLUMNS, reference, strict=True))
+                with trainer.accelerator.autocast(), _outputs(trainer.model) as outputs:
                     losses.append(float(trainer.compute_loss(trainer.model, inputs)))
+                policies.append(torch.stack(outputs[0].log_probs.sum(dim=1).chunk(2), dim=1))
         logged = trainer._metrics["eval"]
         metrics = {key: sum(values) / len(values) for key, values in logged.items()}
     finally:
@@ -118,6 +116,17 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
     return Scores(
         torch.cat(references).float().cpu(), torch.cat(policies).float().cpu(), metrics, sum(losses) / len(losses)
     )
+
+
+@contextmanager
+def _outputs(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """While open, everything that `model` gives is also kept in the list."""
+    given: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: given.append(output))
+    try:
+        yield given
+    finally:
+        handle.remove()
 
 
 def fingerprints(model: torch.nn.Module) -> dict[str, int]:
@@ -197,46 +206,60 @@ def check_saved(
     return {"policy": apart, "margin": margins_apart}
 
 
+def evaluated_sample(count: int) -> list[int]:
+    """Which held-out pairs are scored again at the end: at most 16, evenly spread."""
+    return sorted({at * count // EVALUATED_PAIRS for at in range(EVALUATED_PAIRS)})
+
+
 def check_evaluation(
     policy: torch.Tensor,
     reference: torch.Tensor,
+    evaluated: torch.Tensor,
     logged: Mapping[str, float],
     *,
     beta: float,
     batch_size: int,
     tolerance: Tolerance,
 ) -> dict[str, float]:
-    """Rewards of the held-out pairs, recomputed from the two saved folders, are those that were logged last.
+    """Rewards of held-out pairs, recomputed from the two saved folders, are those of the evaluation logged last.
+
+    Pair by pair for the sample; and the pairs of that evaluation have the means that were logged.
 
     Args:
-        policy: `[N, 2]` nats of the saved DPO adapter on a fresh base, on the pairs in their order.
+        policy: `[n, 2]` nats of the saved DPO adapter on a fresh base, on the pairs of `evaluated_sample`.
         reference: the same of the SFT adapter.
+        evaluated: `[N, 2]` rewards of all held-out pairs, as TRL's loss had them.
         logged: the last evaluation, with TRL's `eval_rewards/…`: each a mean over batches of a mean over pairs.
         beta: DPO's beta.
         batch_size: of the evaluation.
         tolerance: by precision.
 
     Returns:
-        How many `pairs`, and the largest difference of a mean reward, `apart`.
+        How many `pairs` were scored again, and the largest difference of a reward, `apart`.
 
     Raises:
         PipelineError: what was logged is not what was saved.
     """
-    rewards = beta * (policy - reference)  # Rafailov et al. 2023, equation 7 without its partition term
-    chosen, rejected = rewards.unbind(dim=1)
-    largest = 0.0
+    allowed = 2 * beta * tolerance.start
+    chosen, rejected = evaluated.unbind(dim=1)
     for name, values in (("chosen", chosen), ("rejected", rejected), ("margins", chosen - rejected)):
         found = float(torch.stack([batch.mean() for batch in torch.split(values, batch_size)]).mean())
-        apart = abs(found - logged[f"eval_rewards/{name}"])
-        if not apart <= 2 * beta * tolerance.start:
-            raise _broken(
-                f"the last evaluation logged rewards/{name} {logged[f'eval_rewards/{name}']:.4g}, and the saved "
-                f"folders give {found:.4g}",
-                "what was saved is not what was evaluated; check `dpo.options`",
-                code="saved-differs",
-            )
-        largest = max(largest, apart)
-    return {"pairs": len(policy), "apart": largest}
+        _hold(f"rewards/{name}", logged[f"eval_rewards/{name}"], f"its pairs give {found:.4g}", found, allowed)
+    at = evaluated_sample(len(evaluated))
+    rewards = beta * (policy - reference)  # Rafailov et al. 2023, equation 7 without its partition term
+    for pair, saved, then in zip(at, rewards.tolist(), evaluated[at].tolist(), strict=True):
+        for side, one, other in zip(("chosen", "rejected"), then, saved, strict=True):
+            _hold(f"a reward of held-out pair {pair} ({side}) as", one, f"the folders give {other:.4g}", other, allowed)
+    return {"pairs": len(at), "apart": float((rewards - evaluated[at]).abs().max())}
+
+
+def _hold(what: str, logged: float, given: str, found: float, allowed: float) -> None:
+    if not abs(found - logged) <= allowed:
+        raise _broken(
+            f"the last evaluation logged {what} {logged:.4g}, and {given}",
+            "what was saved is not what was evaluated; check `dpo.options`",
+            code="saved-differs",
+        )
 
 
 def check_start(

@@ -15,6 +15,7 @@ from pipeline.training.proof import (
     check_movement,
     check_saved,
     check_start,
+    evaluated_sample,
     fingerprints,
     reference_hash,
     tolerance_for,
@@ -125,13 +126,30 @@ def test_rewards_from_the_saved_folders_are_those_of_the_last_evaluation() -> No
     -1, so rewards of 0.5 * 6 and 0.5 * 0, and a margin of 3."""
     policy = torch.tensor([[2.0, 0.0], [4.0, 2.0], [9.0, -1.0]])
     reference = torch.zeros(3, 2)
+    evaluated = 0.5 * policy
     logged = {"eval_rewards/chosen": 3.0, "eval_rewards/rejected": 0.0, "eval_rewards/margins": 3.0}
     given = {"beta": 0.5, "batch_size": 2, "tolerance": TOLERANCE}
-    assert check_evaluation(policy, reference, logged, **given) == {"pairs": 3, "apart": 0.0}
-    within = check_evaluation(policy, reference, {**logged, "eval_rewards/margins": 3.015}, **given)
-    assert within["apart"] == pytest.approx(0.015)
+    assert check_evaluation(policy, reference, evaluated, logged, **given) == {"pairs": 3, "apart": 0.0}
+    assert check_evaluation(policy + 0.01, reference, evaluated, logged, **given)["apart"] == pytest.approx(
+        0.005, rel=1e-3
+    )
     for name in logged:
         for wrong in (logged[name] + 0.05, float("nan")):
-            with pytest.raises(PipelineError, match="folders give") as caught:
-                check_evaluation(policy, reference, {**logged, name: wrong}, **given)
+            with pytest.raises(PipelineError, match="its pairs give") as caught:
+                check_evaluation(policy, reference, evaluated, {**logged, name: wrong}, **given)
             assert caught.value.code == "saved-differs"
+    # Two pairs that are wrong by as much, so that the means are right.
+    wrong_policy = policy + torch.tensor([[0.2, 0.0], [-0.2, 0.0], [0.0, 0.0]])
+    for other in (wrong_policy, policy * float("nan")):
+        with pytest.raises(PipelineError, match=r"held-out pair 0 \(chosen\)") as caught:
+            check_evaluation(other, reference, evaluated, logged, **given)
+        assert caught.value.code == "saved-differs"
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 17, 40, 1000])
+def test_the_sample_is_spread_over_all_held_out_pairs(count: int) -> None:
+    at = evaluated_sample(count)
+    assert len(at) == min(count, 16)
+    assert at[0] == 0
+    assert count - 1 - at[-1] < count / 16
+    assert at == sorted(set(at))

@@ -62,7 +62,7 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
         What trains is afterwards what trained before: PEFT opens a frozen adapter that it switches to.
         """
         with held(self.model):
-            if self.precompute_ref_logps:
+            if self.precompute_ref_logps and COLUMNS[0] not in inputs:
                 logps = self._kept.logps(inputs, lambda: self.compute_ref_log_probs(model, _without_rows(inputs)))
                 inputs = {**inputs, **dict(zip(COLUMNS, logps, strict=True))}
             return super().compute_loss(model, inputs, *args, **kwargs)

@@ -35,10 +35,12 @@ class PairwiseEvaluation(UnfeltEvaluation):
     _evaluated: list[torch.Tensor] | None = None
     """`[4, B]` a batch: rewards and completion tokens, of chosen and of rejected."""
     _differs = False
+    last_pairs: Pairs | None = None
+    """Of the last evaluation; None where they are not known."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """An evaluation, begun anew: one that a signal stopped leaves nothing behind."""
-        self._evaluated, self._differs = None, False
+        self._evaluated, self._differs, self.last_pairs = None, False, None
         return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -64,9 +66,10 @@ class PairwiseEvaluation(UnfeltEvaluation):
             return None
         # Where several processes share the rows, the last batch is filled up with the first rows again.
         chosen, rejected, chosen_tokens, rejected_tokens = torch.cat(batches, dim=1)[:, : len(self.eval_dataset)]
-        return Pairs(
+        self.last_pairs = Pairs(
             step, chosen.tolist(), rejected.tolist(), chosen_tokens.int().tolist(), rejected_tokens.int().tolist()
         )
+        return self.last_pairs
 
 
 def _are_rewards(chosen: torch.Tensor, rejected: torch.Tensor, in_order: torch.Tensor, margins: torch.Tensor) -> bool:
