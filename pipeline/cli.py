@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import ExitCode, PipelineError, PipelineErrors
+from pipeline.machine import machine_failure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # With --format json, stdout is one JSON object's: people, and libraries that print, get stderr.
     console = Console(stderr=as_json, soft_wrap=True, quiet=not first)
+    # bitsandbytes, where it is installed, tells everyone of a faster kernel that it did not find, when it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with ExitStack() as stack:
         stack.enter_context(_stoppable())
         if as_json:
@@ -69,12 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The reader of our output has gone (`| head`); there is nobody left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return int(ExitCode.DONE)
-        except Exception as error:  # a defect of ours: said as one, in one line, unless asked for more
+        except Exception as error:
             if arguments.debug:
                 raise
-            message = f"{type(error).__name__}: {error}"
-            mend = "this is a defect: run it again with --debug and report what it prints"
-            defect = PipelineError(message, code="internal", mend=mend, exit_code=ExitCode.WRONG)
+            defect = machine_failure(error) or _defect(error)
             answer, code = _refused(defect), defect.exit_code
             if not first:
                 _wait_for_the_first()
@@ -121,6 +123,16 @@ def _require_one_process(arguments: argparse.Namespace) -> None:
             code="several-processes",
             mend="run `sft` and `dpo` with torchrun, and this command without it",
         )
+
+
+def _defect(error: Exception) -> PipelineError:
+    """A defect of ours: said as one, in one line, unless asked for more."""
+    return PipelineError(
+        f"{type(error).__name__}: {error}",
+        code="internal",
+        mend="this is a defect: run it again with --debug and report what it prints",
+        exit_code=ExitCode.WRONG,
+    )
 
 
 def _refused(error: PipelineError) -> dict[str, Any]:
@@ -246,6 +258,12 @@ def _parser() -> argparse.ArgumentParser:
         help="let the experiment's judge compare the answers, where it names one (default)",
     )
     compare.add_argument(
+        "--lm-eval",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the experiment's tasks of lm-eval to every version, where it names any (default)",
+    )
+    compare.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. evaluation.temperature=0.7"
     )
     report = add("report", _report, "one HTML page about runs, that asks nothing of the network", where)
@@ -262,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = add("runs", _runs, "list the runs, or what differs between some of them", where)
     runs.add_argument("--experiment", metavar="NAME", help="only its runs")
     runs.add_argument("--stage", choices=("sft", "dpo"))
-    runs.add_argument("--status", choices=("running", "finished", "failed", "interrupted"))
+    runs.add_argument("--status", choices=("running", "finished", "failed", "interrupted", "dead"))
     sorts = ("name", "start", "loss", "accuracy", "margin", "checks")
     runs.add_argument("--sort", choices=sorts, default="name", help="best first; default: name")
     runs.add_argument("--reverse", action="store_true")
@@ -464,7 +482,13 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
     else:
         experiment = load_experiment(arguments.experiment, arguments.set).experiment
     comparison = compare_runs(
-        runs, experiment, arguments.checkpoints, console, with_base=arguments.base, with_judge=arguments.judge
+        runs,
+        experiment,
+        arguments.checkpoints,
+        console,
+        with_base=arguments.base,
+        with_judge=arguments.judge,
+        with_lm_eval=arguments.lm_eval,
     )
     print_comparison(comparison, console)
     return {"ok": True, **comparison.as_dict()}, ExitCode.DONE

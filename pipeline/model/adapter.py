@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.data.bounds import BoundError, time_limit
 from pipeline.errors import PipelineError
-from pipeline.model.device import is_out_of_memory
+from pipeline.machine import is_out_of_memory
 from pipeline.model.fixed_lora import factors_of, fixed_loras
 from pipeline.model.precision import dequantize, is_quantized
 from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, staged_folder, write_json

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.evaluation.results import read_comparison
+from pipeline.runs.lock import is_locked
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.run import Run, list_runs
 
@@ -29,6 +30,8 @@ SORTS = {
     "checks": "checks_passed",
 }
 """What `--sort` takes, and the key that it sorts by."""
+DEAD = "dead"
+"""The status of a run whose process ended without a word: killed, or with its machine."""
 _FALLING = ("accuracy", "margin", "checks")
 """Sorted with the highest first."""
 
@@ -49,7 +52,7 @@ def listed(
     runs = [
         run
         for run in list_runs(root, experiment)
-        if (stage is None or run.stage == stage) and (status is None or run.status == status)
+        if (stage is None or run.stage == stage) and (status is None or status_of(run) == status)
     ]
     rows = [summary_of(run) for run in runs]
     key = SORTS[sort]
@@ -64,7 +67,7 @@ def listed(
 def summary_of(run: Run) -> dict[str, Any]:
     """One run as `pipeline runs --format json` prints it."""
     manifest = run.manifest
-    keys = ("stage", "status", "experiment", "start", "end", "parent", "metrics", "trainable")
+    keys = ("stage", "experiment", "start", "end", "parent", "metrics", "trainable")
     best: dict[str, float] = {}
     lines = read_metrics(run)
     for name, choose in _BEST.items():
@@ -78,9 +81,15 @@ def summary_of(run: Run) -> dict[str, Any]:
         "run": str(run.path),
         "name": run.name,
         "base": manifest.get("base", {}).get("id"),
+        "status": status_of(run),
         **{key: manifest.get(key) for key in keys},
         "best": best,
     }
+
+
+def status_of(run: Run) -> str:
+    """The manifest's status; `dead` where that says `running` and no process writes to the run any more."""
+    return DEAD if run.status == "running" and not is_locked(run.path) else run.status
 
 
 def checks_passed(run: Run) -> float | None:
@@ -111,6 +120,13 @@ def print_runs(rows: Sequence[dict[str, Any]], console: Console) -> None:
             _figure(best.get("checks_passed"), "{:.0%}"),
         )
     console.print(table)
+    for row in rows:
+        if row["status"] == DEAD:
+            stage, name = row["stage"], Path(row["run"]).name
+            console.print(
+                f"{row['name']} is dead, its process is gone: `pipeline {stage} EXPERIMENT --resume {name}` goes on",
+                highlight=False,
+            )
 
 
 def _scope(trainable: dict[str, Any] | None) -> str:

@@ -26,17 +26,22 @@ def locked(folder: Path) -> Iterator[None]:
         PipelineError: another process that is alive holds it.
     """
     with (folder / LOCK).open("a+", encoding="utf-8") as stream:
-        if not _taken(stream):
-            stream.seek(0)
-            raise PipelineError(
-                f"another process writes to this run ({stream.read().strip() or 'process unknown'})",
-                code="run-locked",
-                file=folder,
-                mend="wait until it ends, or end it",
-            )
+        _take(stream, fcntl.LOCK_EX, folder)
         stream.truncate(0)
         stream.write(f"process {os.getpid()}\n")
         stream.flush()
+        yield
+
+
+@contextmanager
+def unwritten(folder: Path) -> Iterator[None]:
+    """While open, nobody takes the lock of a run folder; several readers stand beside each other.
+
+    Raises:
+        PipelineError: a process that is alive writes to the run.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as stream:
+        _take(stream, fcntl.LOCK_SH, folder)
         yield
 
 
@@ -52,12 +57,18 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _taken(stream: TextIO) -> bool:
-    for trial in range(_TRIES):
+def _take(stream: TextIO, kind: int, folder: Path) -> None:
+    for _ in range(_TRIES):
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(_PAUSE if trial < _TRIES - 1 else 0)
+            time.sleep(_PAUSE)
         else:
-            return True
-    return False
+            return
+    stream.seek(0)
+    raise PipelineError(
+        f"another process writes to this run ({stream.read().strip() or 'process unknown'})",
+        code="run-locked",
+        file=folder,
+        mend="wait until it ends, or end it",
+    )

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import PipelineError, PipelineErrors
 from pipeline.experiment import Experiment
 from pipeline.runs.checkpoints import Checkpoint, find_checkpoint
-from pipeline.runs.lock import locked
+from pipeline.runs.lock import unwritten
 from pipeline.runs.run import Run, Stage, find_run, list_runs, require_inside, require_run
 
 COMPARED = ("data", "base", "tokenizer", "versions", "placement")
@@ -76,7 +76,7 @@ def find_resumption(
     run = _named(root, experiment, stage, resume.run) if resume.run is not None else _newest(root, experiment, stage)
     require_inside(root, run.path.parent)
     require_inside(root, run.path)
-    with locked(run.path):  # reading a run that is being written would find what is gone a moment later
+    with unwritten(run.path):  # reading a run that is being written would find what is gone a moment later
         search = find_checkpoint(run.path / "state", run.metrics_file)
     for name, reason in search.passed_over:
         say(f"{name} is passed over: {reason}")

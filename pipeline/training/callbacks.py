@@ -114,6 +114,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.failure: PipelineError | None = None
         self.interrupted = False
+        """Whether the run is to stop: this process, or one that it trains with, has had a signal."""
         self._not_finite: str | None = None
         self._rows: list[str] = []
 
@@ -168,10 +169,13 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             yield
             return
 
+        heard = False
+
         def note(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
+            nonlocal heard
+            if heard:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            heard = self.interrupted = True
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:

@@ -26,15 +26,16 @@ from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import open_policy, require_stackable
 from pipeline.model.scope import trainable_of
-from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
 from pipeline.plan.rhythm import pair_length
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.tracking import require_tracking
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.precision import multiplication
-from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
+from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
 from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
 from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
@@ -140,6 +141,10 @@ def _same_start(resumption: Resumption, experiment: Experiment, root: Path) -> t
 class _Trainer(Resumable, PairwiseEvaluation, PreferenceTrainer):
     """The engine's trainer, saved and resumed by the keeper, its evaluation kept pair by pair."""
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.write_reference()  # a resumed run has to find what this one has scored
+        super()._save_checkpoint(model, trial)
+
 
 def run_dpo(
     experiment: Experiment,
@@ -164,6 +169,20 @@ def run_dpo(
         PipelineError: data, start, model or machine are not fit, step 0 does not read ln 2 and margin 0, or the
             reference moved; a run that was begun says `failed` or `interrupted`.
     """
+    with within_memory() as budget:
+        return _run_dpo(experiment, root, console, budget, start=start, dry_run=dry_run, resume=resume)
+
+
+def _run_dpo(
+    experiment: Experiment,
+    root: Path,
+    console: Console,
+    budget: Budget,
+    *,
+    start: str | None,
+    dry_run: bool,
+    resume: Resume | None,
+) -> Outcome:
     stage = experiment.dpo
     split = experiment.data.preferences
     if split is None:
@@ -216,6 +235,7 @@ def run_dpo(
         ground.placement,
         [pair_length(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in datasets["train"]],
         console.print,
+        budget,
     )
 
     base = load_base(ground.files, experiment.model, ground.placement)
@@ -234,11 +254,17 @@ def run_dpo(
         reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
     with (
-        begin(experiment, "dpo", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
-            run,
-            tracker,
-        ),
-        compact_head(),
+        begin(
+            experiment,
+            "dpo",
+            root,
+            manifest,
+            console.print,
+            dry_run=dry_run,
+            resumption=resumption,
+            budget=budget,
+        ) as (run, tracker),
+        compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
         console.print(products.words, highlight=False)
@@ -276,6 +302,7 @@ def run_dpo(
         else:
             console.print(f"prompts are computed twice, as TRL does: {refusal}")
         run.update(engine={"products": products.words, "shared_prompt": refusal is None, "refusal": refusal})
+        join_products(policy, rounds=products.round_gradients)
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
         console.print(
@@ -290,18 +317,22 @@ def run_dpo(
         key = reference_key(
             base_sha256=ground.base_sha256,
             adapter_sha256=f"{origin.hashes['sha256']} {origin.hashes['config_sha256']}",
-            precision=f"{weights_in}, {experiment.engine.precision} products".removeprefix("torch."),
+            precision=f"{weights_in}, {'rounded' if products.round else 'exact'} products".removeprefix("torch."),
             attention=policy.get_base_model().config._attn_implementation,
             ld_alpha=trainer.ld_alpha,
         )
         store = ReferenceStore(cache.folder_of("references"), key)
-        kept = precompute_reference(trainer, store, tolerance.start, console.print)
-        run.update(engine={**run.manifest["engine"], "trunk": trunk, "reference": {**kept, "key": key}})
+        kept = KeptReference(store, tolerance.start, console.print)
+        trainer.keep_reference(kept)
+        run.update(engine={**run.manifest["engine"], "trunk": trunk})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
+        budget.doing = "training"
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )
+        kept.write()
+        run.update(engine={**run.manifest["engine"], "reference": {**kept.account(), "key": key}})
         trainer.drop_trunk()
         after = score(trainer, batches)
         reference = {

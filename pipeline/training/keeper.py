@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from pipeline.runs.files import ADAPTER_WEIGHTS, write_atomically
 from pipeline.runs.run import Run
 from pipeline.training.callbacks import Guard, Recorder
 from pipeline.training.generators import generator_states, set_generator_states
-from pipeline.training.processes import is_first
+from pipeline.training.processes import agreed, gathered, is_first
 
 _GENERATORS = "generators.pt"
 
@@ -76,20 +78,18 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         trainer, step = self._trainer, self._trainer.state.global_step
         if self._guard.failure is not None or step == self.saved:
             return
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in _trained(trainer.model)):
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in _trained(trainer.model))
+        if not finite:  # in all processes alike, whose weights are the same
             self._guard.note_not_finite("a trained weight", [])
             trainer.control.should_log = trainer.control.should_training_stop = True
             return
-        try:
-            with new_checkpoint(self._run.path / "state", step) as folder:
-                self._write(folder)
-            self.saved = step
-            if trainer.args.save_total_limit is not None:
-                rotate(self._run.path / "state", trainer.args.save_total_limit)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            kept = "none was written before" if self.saved is None else f"the last good one is of step {self.saved}"
-            cause = " ".join(str(error).split())[:200]
-            self._say(f"the checkpoint of step {step} could not be written, {kept}; the run goes on ({cause})")
+        # What all processes do together comes first; the first one writes.
+        trainer.store_flos()
+        states = gathered({"now": generator_states(), "epoch": self._epoch_began})
+        sums = gathered(float(trainer._tr_loss))
+        if is_first():
+            self._keep(step, states, sums)
+        self.saved = gathered(self.saved)[0]
 
     def load_policy(self, folder: Path) -> None:
         """The policy's weights of a checkpoint, in place of those that training began with.
@@ -129,6 +129,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     def evaluate(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Evaluates, unless a signal stops it: then the resumed run does, with the generators of now."""
         before = generator_states()
+        self._guard.interrupted = agreed(self._guard.interrupted, self._trainer.args.device)
         if not self._guard.interrupted:
             try:
                 return evaluate()
@@ -177,15 +178,19 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         if self._resumed is None:
             return
         trainer, counters = self._trainer, self._resumed.counters
-        trainer._tr_loss = torch.tensor(counters["loss"]["since_log"], device=args.device)
+        # Of each process its own; where another number of them goes on, which the user has accepted, the first one's.
+        sums, process = counters["loss"]["since_log"], args.process_index
+        trainer._tr_loss = torch.tensor(sums[process if process < len(sums) else 0], device=args.device)
         trainer._total_loss_scalar = counters["loss"]["before"]
         trainer._globalstep_last_logged = counters["loss"]["logged_at"]
         trainer._initial_global_step = 0
         trainer._total_train_tokens = counters["tokens"]
         trainer.pieces = counters["pieces"]
         trainer._metrics["train"].update(counters["metrics_since_log"])
-        states = torch.load(self._resumed.path / _GENERATORS, weights_only=True)
-        self._pending, self._epoch_began = states, states["epoch"]
+        with _plain_values():
+            states = torch.load(self._resumed.path / _GENERATORS, weights_only=True)
+        self._pending = states[process if process < len(states) else 0]
+        self._epoch_began = self._pending["epoch"]
         self._owes_evaluation = counters["owes_evaluation"]
         if state.global_step >= state.max_steps:
             self.load_generators()
@@ -219,20 +224,39 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         if self._guard.interrupted:
             raise _EvaluationStopped
 
-    def _write(self, folder: Path) -> None:
+    def _keep(self, step: int, states: list[dict[str, Any]], sums: list[float]) -> None:
+        """Puts a checkpoint into its place, or says why it is not there."""
+        try:
+            with new_checkpoint(self._run.path / "state", step) as folder:
+                self._write(folder, states, sums)
+            self.saved = step
+            if self._trainer.args.save_total_limit is not None:
+                rotate(self._run.path / "state", self._trainer.args.save_total_limit)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            kept = "none was written before" if self.saved is None else f"the last good one is of step {self.saved}"
+            cause = " ".join(str(error).split())[:200]
+            self._say(f"the checkpoint of step {step} could not be written, {kept}; the run goes on ({cause})")
+
+    def _write(self, folder: Path, states: list[dict[str, Any]], sums: list[float]) -> None:
+        """Writes everything.
+
+        Args:
+            folder: where to.
+            states: of the generators, process by process.
+            sums: of each process's losses since the last logged step.
+        """
         trainer = self._trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))
-        torch.save({"now": generator_states(), "epoch": self._epoch_began}, folder / _GENERATORS)
+        torch.save(states, folder / _GENERATORS)
         # Trainer keeps every logged step in its state; metrics.jsonl has them already.
-        trainer.store_flos()
         dataclasses.replace(trainer.state, log_history=[]).save_to_json(str(folder / "trainer_state.json"))
         counters = {
             "metrics": self._recorder.position(),
             "loss": {
-                "since_log": float(trainer._tr_loss),
+                "since_log": sums,
                 "before": trainer._total_loss_scalar,
                 "logged_at": trainer._globalstep_last_logged,
             },
@@ -251,6 +275,8 @@ class Resumable:
     places: list[str]
     """`file:line` of each row of the training data."""
     state: TrainerState
+    optimizer: Any
+    lr_scheduler: Any
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> torch.Tensor:
         """Trainer's, with a look at the loss: a step that is not finite must not be the last good state."""
@@ -265,11 +291,25 @@ class Resumable:
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if is_first():
-            self.keeper.save()
+        self.keeper.save()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.keeper.load_policy(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, but for the settings in them: what the experiment says of rates and decay holds, if accepted."""
+        groups = [] if checkpoint is None else self.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        with _plain_values():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        for group, setting in zip(self.optimizer.param_groups if settings else [], settings, strict=True):
+            group.update(setting)
+        if checkpoint is not None and rates != getattr(self.lr_scheduler, "base_lrs", []):
+            self.lr_scheduler.base_lrs = rates
+            factors = [multiply(self.lr_scheduler.last_epoch) for multiply in self.lr_scheduler.lr_lambdas]
+            for group, rate, factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
+                group["lr"] = rate * factor
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self.keeper.load_generators()
@@ -282,6 +322,23 @@ class Resumable:
         # Trainer would train one step more when it is resumed behind the last one of a broken epoch.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**settings)  # type: ignore[misc]
+
+
+@contextmanager
+def _plain_values() -> Iterator[None]:
+    """What is read inside holds tensors and plain values, and no code.
+
+    Raises:
+        PipelineError: it does not, though its hashes hold: somebody has sealed it anew.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise PipelineError(
+            f"the checkpoint holds something else than a trainer's state: {' '.join(str(error).split())[:200]}",
+            code="foreign-state",
+            mend="do not resume from it; start a new run",
+        ) from error
 
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -89,6 +89,24 @@ def agree_on_run(create: Callable[[], Run]) -> Run:
     return run or Follower(Path(path), manifest)
 
 
+def gathered(mine: Any) -> list[Any]:
+    """A value of each process, in their order; all of them have to ask."""
+    if processes() == 1:
+        return [mine]
+    everyones: list[Any] = [None] * processes()
+    dist.all_gather_object(everyones, mine)
+    return everyones
+
+
+def agreed(mine: bool, device: torch.device) -> bool:
+    """Whether it is so in any process; all of them have to ask."""
+    if processes() == 1:
+        return mine
+    found = torch.tensor(int(mine), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 class Agreement(TrainerCallback):  # type: ignore[misc]
     """What stops one process, a signal or a loss that is not finite, stops all at that step. Before the guard."""
 
@@ -97,11 +115,10 @@ class Agreement(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks the others."""
-        if args.world_size == 1:
-            return
-        found = torch.tensor([self._guard.interrupted, self._guard.not_finite is not None], device=args.device).int()
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        interrupted, not_finite = found.tolist()
-        self._guard.interrupted = bool(interrupted)
-        if not_finite:
+        self._guard.interrupted = agreed(self._guard.interrupted, args.device)
+        if agreed(self._guard.not_finite is not None, args.device):
             self._guard.note_not_finite("a figure of another process", [])
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the others: none may leave an evaluation alone."""
+        self._guard.interrupted = agreed(self._guard.interrupted, args.device)

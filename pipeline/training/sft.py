@@ -18,13 +18,14 @@ from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
-from pipeline.plan.fit import settle_checkpointing
+from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
 from pipeline.plan.rhythm import demonstration_length
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.tracking import require_tracking
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.keeper import Resumable
@@ -69,6 +70,13 @@ def run_sft(
     Raises:
         PipelineError: data, model or machine are not fit; a run that was begun says `failed` or `interrupted`.
     """
+    with within_memory() as budget:
+        return _run_sft(experiment, root, console, budget, dry_run=dry_run, resume=resume)
+
+
+def _run_sft(
+    experiment: Experiment, root: Path, console: Console, budget: Budget, *, dry_run: bool, resume: Resume | None
+) -> Outcome:
     stage = experiment.sft
     split = experiment.data.demonstrations
     if split is None:
@@ -113,6 +121,7 @@ def run_sft(
         ground.placement,
         [demonstration_length(row) for row in datasets["train"]],
         console.print,
+        budget,
     )
 
     base = load_base(ground.files, experiment.model, ground.placement)
@@ -122,11 +131,17 @@ def run_sft(
     policy = new_policy(base, adapter_config)
     manifest = manifest_of(experiment, ground, data, parent=None)
     with (
-        begin(experiment, "sft", root, manifest, console.print, dry_run=dry_run, resumption=resumption) as (
-            run,
-            tracker,
-        ),
-        compact_head(),
+        begin(
+            experiment,
+            "sft",
+            root,
+            manifest,
+            console.print,
+            dry_run=dry_run,
+            resumption=resumption,
+            budget=budget,
+        ) as (run, tracker),
+        compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
         console.print(products.words, highlight=False)
@@ -148,6 +163,7 @@ def run_sft(
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
         trainer.say = console.print
+        join_products(trainer.model, rounds=products.round_gradients)
         why_padded = leave_padding_out(trainer, rounds=products.round)
         if why_padded is not None:
             console.print(f"batches keep their padding: {why_padded}", highlight=False)
@@ -157,6 +173,7 @@ def run_sft(
             trainable=trainable.as_dict(),
             engine={"products": products.words, "padding_free": why_padded is None, "refusal": why_padded},
         )
+        budget.doing = "training"
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import resource
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -25,8 +24,9 @@ from pipeline.errors import ExitCode, PipelineError, PipelineErrors
 from pipeline.evaluation.questions import Question
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment, load_experiment
+from pipeline.machine import machine_failure
 from pipeline.model.base import require_bitsandbytes, template_sha256, tokenizer_sha256
-from pipeline.model.device import Placement, is_out_of_memory
+from pipeline.model.device import Placement
 from pipeline.model.ground import Ground, Say
 from pipeline.model.precision import as_it_trains
 from pipeline.model.scope import Trainable, is_opened
@@ -48,10 +48,11 @@ from pipeline.training.watch.screen import Screen
 from pipeline.training.watch.watcher import Watcher
 from pipeline.trl_options import check_options
 
+if TYPE_CHECKING:
+    from pipeline.plan.fit import Budget
+
 _S = TypeVar("_S", Sft, Dpo)
 DRY_RUN_STEPS = 3
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
-"""What the system says of a disk that is full, too small, read-only or broken."""
 _BITSANDBYTES = re.compile(r"paged|bnb|^(adamw|ademamix|lion)_8bit$")
 """The optimizers of Transformers' `optim` that are bitsandbytes'."""
 
@@ -231,6 +232,7 @@ def begin(
     *,
     dry_run: bool,
     resumption: Resumption | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[tuple[Run, Mirrors]]:
     """A run folder, locked, and its trackers, all closed with the right status however the work inside ends.
 
@@ -252,6 +254,7 @@ def begin(
         tracker = Mirrors()
         if is_first() and not dry_run:
             say(f"run: {run.path}")
+            earlier = run.manifest.get("wandb")
             wandb = start_tracker(
                 experiment.tracking.wandb,
                 experiment=experiment.name,
@@ -260,13 +263,16 @@ def begin(
                 folder=run.path,
                 config={"experiment": experiment.model_dump(mode="json"), "manifest": run.manifest},
                 say=say,
-                earlier=run.manifest.get("wandb"),
+                earlier=earlier,
+                step=0 if resumption is None else resumption.checkpoint.step,
             )
+            if earlier and earlier["id"] != wandb.id:
+                run.update(wandb_earlier=[*run.manifest.get("wandb_earlier", []), earlier])
             run.update(wandb=wandb.describe())
             tensorboard = [TensorBoard(run.path / "tensorboard")] if experiment.tracking.tensorboard else []
             tracker = Mirrors(wandb, *tensorboard)
         try:
-            with recorded(run):
+            with recorded(run, budget):
                 yield run, tracker
         finally:
             tracker.finish(run.manifest)
@@ -442,8 +448,12 @@ def say_dry_run(console: Console, metrics: dict[str, Any], placement: Placement)
 
 
 @contextmanager
-def recorded(run: Run) -> Iterator[None]:
+def recorded(run: Run, budget: Budget | None = None) -> Iterator[None]:
     """Whatever ends the work inside, the manifest says it: never a run that is left looking alive or finished.
+
+    Args:
+        run: whose manifest.
+        budget: the plan's figures, for a machine whose memory does not suffice.
 
     Raises:
         PipelineError: in place of what the machine raised (memory, disk) and of an interruption.
@@ -465,7 +475,7 @@ def recorded(run: Run) -> Iterator[None]:
         run.end("interrupted", error=stopped.as_dict())
         raise stopped from error
     except Exception as error:
-        failure = machine_failure(error)
+        failure = machine_failure(error, "" if budget is None else budget.figures(error))
         described = (
             failure.as_dict() if failure else {"code": "internal", "message": hide(f"{type(error).__name__}: {error}")}
         )
@@ -474,31 +484,6 @@ def recorded(run: Run) -> Iterator[None]:
         if failure is None:
             raise
         raise failure from error
-
-
-def machine_failure(error: Exception) -> PipelineError | None:
-    """The message for a machine that failed (memory, disk); None for anything else."""
-    if is_out_of_memory(error):
-        return PipelineError(
-            "the memory does not hold a training step",
-            code="out-of-memory",
-            mend="set `gradient_checkpointing: true`, or lower `max_length` or, with several processes, "
-            "`per_device_train_batch_size`; --dry-run tries the longest rows first",
-            exit_code=ExitCode.MACHINE,
-        )
-    # safetensors and torch write with their own hands, and say what the system said in their own words.
-    number = re.search(r"\(os error (\d+)\)|iostream error|unexpected pos", str(error))
-    if (isinstance(error, OSError) and error.errno in _DISK) or (
-        number is not None and (number[1] is None or int(number[1]) in _DISK)
-    ):
-        return PipelineError(
-            f"writing failed: {error.strerror if isinstance(error, OSError) else ' '.join(str(error).split())[:200]}",
-            code="disk",
-            file=error.filename if isinstance(error, OSError) else None,
-            mend="free some space, or name another folder with --checkpoints",
-            exit_code=ExitCode.MACHINE,
-        )
-    return None
 
 
 def peak_memory(placement: Placement) -> int:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pipeline.runs.checkpoints import _sha256_of
+from pipeline.runs.files import fingerprint, write_json
 from pipeline.runs.lock import locked
+from pipeline.runs.resume import Resume
 
 
 def kill_at_step(step: int) -> Callable[[], None]:
@@ -80,8 +84,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
 
 
 def test_no_whole_checkpoint_is_never_a_silent_new_start(arena: Any, killed: Any, tmp_path: Path) -> None:
-    from pipeline.runs.resume import Resume
-
     run = killed(tmp_path / "runs")
     for folder in (run / "state").iterdir():
         flip(folder / "optimizer.pt")
@@ -173,3 +175,22 @@ def test_files_that_may_not_grow_leave_the_last_good_checkpoint(
     again = arena.resume("sft", "plain", tmp_path / "runs")
     survived = arena.outcome("sft", "plain", tmp_path / "runs") == arena.reference("sft", "plain")
     arena.judge("files that may not grow", f"{limit}: {again}", survived)
+
+
+@pytest.mark.parametrize("name", ["generators.pt", "optimizer.pt", "scheduler.pt"])
+def test_code_in_a_checkpoint_is_not_run(arena: Any, killed: Any, tmp_path: Path, name: str) -> None:
+    """Put there by somebody who has sealed the checkpoint anew, so that all hashes hold."""
+    folder = killed(tmp_path / "runs") / "state/checkpoint-4"
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "was-run",)
+
+    torch.save({"now": Code(), "state": Code()}, folder / name)
+    body = {"step": 4, "files": {one.name: fingerprint(one) for one in folder.iterdir() if one.suffix != ".md"}}
+    del body["files"]["checkpoint.json"]
+    write_json(folder / "checkpoint.json", {**body, "sha256": _sha256_of(body)})
+    ended = arena.run("sft", "plain", tmp_path / "runs", resume=Resume())
+    assert (ended.code, ended.error) == (2, "foreign-state"), ended
+    assert not (tmp_path / "was-run").exists()
+    arena.judge("code in a checkpoint", name, True)

@@ -15,7 +15,23 @@ from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.training.processes import join_processes, require_processes
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pipeline")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+STOPPED = """
+import os, signal, sys
+from pipeline.cli import main
+from pipeline.training.keeper import Resumable
+
+training_step = Resumable.training_step
+
+def signalled(trainer, *given, **more):
+    if os.environ["RANK"] == "1" and trainer.state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return training_step(trainer, *given, **more)
+
+Resumable.training_step = signalled
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command, whose second process is asked to stop within its third step."""
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,23 +50,32 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     trained: Any,
     tmp_path: Path,
 ) -> None:
-    """SFT on 14 rows in steps of 8, whose last is 4 and 2 for the two; DPO on 14 pairs in steps of 14."""
-    sizes = {"sft": 4, "dpo": 7}
+    """14 rows in steps of 8, whose last is 4 and 2 for the two; SFT is stopped by a signal to one, and resumed.
+
+    All that makes the engine fast is on: batches without padding, joint rows, the kept reference.
+    """
     single = {
         "sft": train("sft", "single", per_device_train_batch_size=8),
-        "dpo": train("dpo", "single", per_device_train_batch_size=14, start=start),
+        "dpo": train("dpo", "single", per_device_train_batch_size=8, start=start),
     }
-    changes = {stage: {**settings[stage], "per_device_train_batch_size": size} for stage, size in sizes.items()}
-    experiment = str(write_experiment(**{**settings, **changes}))
-    for stage in sizes:
-        more = ["--from", str(start)] if stage == "dpo" else []
-        done = torchrun(stage, experiment, "--checkpoints", str(tmp_path / "double"), "--format", "json", *more)
+    halves = {stage: {**settings[stage], "per_device_train_batch_size": 4} for stage in single}
+    experiment = str(write_experiment(**{**settings, **halves}))
+    where = ("--checkpoints", str(tmp_path / "double"), "--format", "json")
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    stopped = torchrun(str(tmp_path / "stopped.py"), "sft", experiment, *where)
+    assert "interrupted at step 3 of 6, with a checkpoint of step 3" in stopped.stdout, stopped.stderr[-3000:]
+    for stage, more in (("sft", ["--resume"]), ("dpo", ["--from", str(start)])):
+        done = torchrun("-m", "pipeline", stage, experiment, *where, *more)
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout)["status"] == "finished"  # one object: the second process prints none
         assert done.stderr.count("processes: 2") == 1
         double = trained(tmp_path / "double" / "lights" / f"{stage}-001")
+        assert double.manifest["processes"] == double.manifest["placement"]["world_size"] == 2
+        engine = double.manifest["engine"]
+        assert engine["padding_free"] if stage == "sft" else engine["shared_prompt"]
+        assert stage == "sft" or engine["reference"]["scored"] + engine["reference"]["found"] == 14
+        assert len(double.losses) == 6
         require_alike(single[stage], double, 2e-5)
-        assert double.manifest["processes"] == 2
         assert double.manifest["status"] == "finished"
     assert [folder.name for folder in sorted((tmp_path / "double" / "lights").iterdir())] == ["dpo-001", "sft-001"]
 

@@ -12,7 +12,7 @@ import torch
 from pipeline.experiment import Dpo, Experiment, Model, Sft
 from pipeline.experiment_file import load_experiment
 from pipeline.model.device import Placement, available_memory
-from pipeline.plan.fit import _needed, settle_checkpointing
+from pipeline.plan.fit import needed, settle_checkpointing
 from pipeline.plan.outline import find_config
 from pipeline.plan.rhythm import Length
 from pipeline.training.sft import run_sft
@@ -49,12 +49,13 @@ def test_it_is_on_where_the_memory_does_not_suffice(stage: Any, settle: Any) -> 
 def test_longer_rows_need_it_sooner(settle: Any, tiny_folder: Path) -> None:
     """With half as much again free as the short rows take, there is no room for rows ten times as long."""
     short, long = (
-        _needed(
+        needed(
             Sft(per_device_train_batch_size=2),
             Experiment.model_validate({"name": "sized", "model": {"id": str(tiny_folder)}}),
             find_config(Model(id=str(tiny_folder)), tokenizer=False),
             CPU,
             [Length(length, 50, (length,)), Length(40, 20, (40,))],
+            checkpointing=False,
         ).total
         for length in (100, 1000)
     )

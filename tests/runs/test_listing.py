@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pipeline.runs.differences import disagreements, flat, run_differences
 from pipeline.runs.listing import listed, print_differences, print_runs
+from pipeline.runs.lock import locked
 from pipeline.runs.run import read_run
 from tests.records import comparison, definition, estimate, write_run, write_runs
 
@@ -105,3 +107,16 @@ def test_parts() -> None:
     assert flat({"a": {"b": 1, "c": {}}, "d": [{"e": 1}]}) == {"a.b": 1, "d": [{"e": 1}]}
     assert disagreements([{"a": 1, "b": 2}, {"b": 2, "c": 3}]) == {"a": [1, None], "c": [None, 3]}
     assert json.dumps(disagreements([{"a": 1}, {"a": 1}])) == "{}"
+
+
+def test_a_run_whose_process_is_gone_is_dead(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(root / "other" / "sft-002", "sft", [], status="running")
+    with locked(run.path):
+        assert names(listed(root, status="running")) == ["other/sft-002"]
+    assert names(listed(root, status="running")) == []
+    rows = listed(root, status="dead")
+    assert names(rows) == ["other/sft-002"]
+    print_runs(rows, Console(width=200))
+    assert "other/sft-002 is dead, its process is gone: `pipeline sft EXPERIMENT --resume sft-002`" in (
+        capsys.readouterr().out
+    )

@@ -9,13 +9,15 @@ step is done again in halves, and the run goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline.model.device import give_memory_back, is_out_of_memory
+from pipeline.machine import is_out_of_memory
+from pipeline.model.device import give_memory_back
 
 ROWS = "rows_of_batch"
 """The key under which a training batch carries the rows that it was made of."""
@@ -26,6 +28,13 @@ class Rows:
 
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
+        self.counts: list[int] | None = None
+        """How many rows each process has, where these are not as many as in every other; one that has none computes
+        a row that counts for nothing."""
+
+    def of_all(self, processes: int) -> int:
+        """Rows of this micro-batch in all processes together."""
+        return len(self.rows) * processes if self.counts is None else sum(self.counts)
 
 
 @dataclass
@@ -37,6 +46,37 @@ class KeepRows:
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """The batch of `rows`, and the rows."""
         return {**self.collate(rows), ROWS: Rows(rows)}
+
+
+@contextmanager
+def gathering_own_rows(accelerator: Any, counts: list[int] | None) -> Iterator[None]:
+    """While open, what is gathered from all processes is of `counts` rows of each, in their order.
+
+    Accelerate gathers as many from each, so the shares are filled up on the way. A scalar, which is a sum over rows,
+    is 0 of a process that has none.
+
+    Args:
+        accelerator: the trainer's.
+        counts: rows of each process; None: all have as many, and nothing changes.
+    """
+    if counts is None:
+        yield
+        return
+    gather, own, most = accelerator.gather, counts[accelerator.process_index], max(counts)
+
+    def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0:
+            everyones: torch.Tensor = gather(tensor if own else torch.zeros_like(tensor))
+            return everyones
+        filled = torch.cat([tensor[:own], tensor.new_zeros((most - own, *tensor.shape[1:]))])
+        shares = gather(filled).split(most)
+        return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+
+    accelerator.gather = accelerator.gather_for_metrics = gather_rows
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
 
 
 class MicroBatches:
@@ -75,8 +115,13 @@ class MicroBatches:
         """Transformers' count of the tokens in a step, after taking out what the last one of an epoch repeats."""
         state, args = self.accelerator.gradient_state, self.args
         repeats = args.world_size > 1 and state.end_of_dataloader and not args.dataloader_drop_last
-        if repeats and batch_samples and not self.mean_over_rows and args.train_sampling_strategy != "batch_rebalance":
-            batch_samples[-1] = self._own_part(batch_samples[-1], state.remainder)
+        if repeats and batch_samples and args.train_sampling_strategy != "batch_rebalance":
+            # Accelerate's own count of it (`state.remainder`) is gone where a resumed epoch skips what it has done.
+            remainder = len(self.train_dataset) % (self._train_batch_size * args.world_size)
+            if remainder:
+                for batch in batch_samples:
+                    batch[ROWS].counts = [len(batch[ROWS].rows)] * args.world_size
+                batch_samples[-1] = self._own_part(batch_samples[-1], remainder)
         return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
 
     def _own_part(self: Any, batch: dict[str, Any], remainder: int) -> dict[str, Any]:
@@ -84,14 +129,14 @@ class MicroBatches:
 
         Args:
             batch: as the loader gave it.
-            remainder: rows that are left for all processes together; 0: the batch is full.
+            remainder: rows that are left for all processes together.
         """
-        rows = batch[ROWS].rows
-        own = min(max(remainder - self.args.process_index * len(rows), 0), len(rows))
-        if remainder == 0 or own == len(rows):
-            return batch
+        rows, args = batch[ROWS].rows, self.args
+        counts = [min(max(remainder - at * len(rows), 0), len(rows)) for at in range(args.world_size)]
+        own = counts[args.process_index]
         part = KeepRows(self.data_collator)(rows[: max(own, 1)])
-        if own == 0:  # the others wait for this process's gradients all the same
+        part[ROWS].counts = counts
+        if own == 0 and "labels" in part:  # the others wait for this process's gradients all the same
             part["labels"].fill_(-100)
         return part
 
@@ -129,12 +174,15 @@ class MicroBatches:
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss of a micro-batch, weighed so that those of a step add up to the mean over its rows."""
         rows = inputs.pop(ROWS, None)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with gathering_own_rows(self.accelerator, None if rows is None else rows.counts):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if rows is None or not self.mean_over_rows:
             return loss
-        # `training_step` divides by the number of micro-batches.
-        weight = len(rows.rows) * self.current_gradient_accumulation_steps
-        weight /= sum(len(batch[ROWS].rows) for batch in self._step)
+        # `training_step` divides by the number of micro-batches, and gradients are means over the processes.
+        parts, processes = self.current_gradient_accumulation_steps, self.args.world_size
+        own = len(rows.rows) if rows.counts is None else rows.counts[self.args.process_index]
+        in_step = sum(batch[ROWS].of_all(processes) for batch in self._step)
+        weight = own * parts * processes / in_step
         return loss if weight == 1 else loss * weight
 
     def _in_pieces(self: Any, model: Any, batch: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from pipeline.training.engine.short import attend
 
 SEGMENTS = "pipeline_rows"
 """The name under which `attend_by_row` is registered with Transformers."""
@@ -58,15 +59,12 @@ def attend_by_row(
         `[1, T, heads, d]`, and no weights.
     """
     lengths: list[int] = kwargs.pop(_LENGTHS)
-    attend = _eager_of(module) if kwargs.pop(_ITSELF) == "eager" else sdpa_attention_forward
+    eager = kwargs.pop(_ITSELF) == "eager"
     assert attention_mask is None, "rows have lengths in place of a mask"
-    assert attend is not None, "eager attention without Transformers' function for it"
     window = kwargs.get("sliding_window")
-    parts = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    rows = [
-        attend(module, *part, _mask(attend, length, window, part[0]), **kwargs)[0]
-        for length, part in zip(lengths, parts, strict=True)
-    ]
+    parts: Any = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
+    run: Callable[..., torch.Tensor] = _attend_eagerly if eager else _attend
+    rows = [run(module, *part, length, window, **kwargs) for length, part in zip(lengths, parts, strict=True)]
     return torch.cat(rows, dim=1), None
 
 
@@ -80,12 +78,19 @@ def by_row(lengths: list[int], own: str) -> dict[str, Any]:
     return {_LENGTHS: lengths, _ITSELF: own}
 
 
-def _mask(attend: Callable[..., Any], length: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
-    """What a row's attention needs beside causality: its sliding window; eager attention needs causality, too."""
-    if attend is sdpa_attention_forward:
-        return None if window is None or length <= window else _allowed(length, window, query.device)
+def _attend(module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any) -> Any:
+    """One row by SDPA, which knows causality by itself."""
+    mask = None if window is None or length <= window else _allowed(length, window, query.device)
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+def _attend_eagerly(
+    module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any
+) -> Any:
+    """One row by the model's own eager attention, which takes everything from the mask."""
     allowed = _allowed(length, window or length, query.device)
-    return torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    return _eager_of(module)(module, query, key, value, mask, **kwargs)[0]
 
 
 @lru_cache(maxsize=16)
@@ -96,9 +101,10 @@ def _allowed(length: int, window: int, device: torch.device) -> torch.Tensor:
     return ((behind >= 0) & (behind < window))[None, None]
 
 
-def _eager_of(module: torch.nn.Module) -> Callable[..., Any] | None:
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
     """The eager attention beside a layer in its modelling file, which is Transformers' own convention."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
 
 
 def padding_free_collator(pad_token_id: int) -> DataCollatorForLanguageModeling:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.data.check import load_rows
 from pipeline.data.rows import Demonstration, Preference
 from pipeline.errors import PipelineError
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.questions import Question, question_of
 from pipeline.experiment import Experiment
+from pipeline.machine import is_out_of_memory
 from pipeline.training.watch.history import Sample
 
 
@@ -72,7 +71,9 @@ class Sampler:
                     max_new_tokens=self._max_new_tokens,
                     batch_size=len(self._questions),
                 )
-        except (PipelineError, torch.OutOfMemoryError) as error:
+        except (PipelineError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, PipelineError) and not is_out_of_memory(error):
+                raise
             why = error.message if isinstance(error, PipelineError) else "the memory does not hold them"
             self._say(f"no more sampled answers: {why}; `tracking.samples: 0` asks for none")
             self._questions = []

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ PAIRS = "pairs.jsonl"
 """One object an evaluation: every held-out pair's rewards and completion tokens, in the order of the file."""
 GENERATIONS = "generations.jsonl"
 """One object a sampled answer."""
+_COLUMNS = ("rewards/chosen", "rewards/rejected", "tokens/chosen", "tokens/rejected")
+"""Of an evaluation's pairs, in the order of `Pairs`."""
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
@@ -66,10 +69,14 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         self._history = History(replace(self._history.setting, max_steps=state.max_steps))
         for record in _lines(self._run.metrics_file):
             self._history.add(record)
-        for file in (self._run.path / PAIRS, self._run.path / GENERATIONS):
-            kept = [record for record in _lines(file) if record["step"] <= state.global_step]
+        # An evaluation that is not in metrics.jsonl, which was cut back to the checkpoint, is still to come.
+        evaluated = {record["step"] for record in self._history.evaluations}
+        for name, take_up in ((PAIRS, self._take_up_pairs), (GENERATIONS, self._take_up_samples)):
+            file = self._run.path / name
+            kept = [record for record in _lines(file) if record["step"] in evaluated]
             if file.exists():
                 write_atomically(file, "".join(map(_line, kept)))
+            take_up(kept)
         self._health = [
             finding for finding in self._run.manifest.get("health", []) if finding["step"] <= state.global_step
         ]
@@ -96,17 +103,25 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         self._examine()
 
     def _keep_pairs(self, pairs: Pairs) -> None:
-        columns: dict[str, Sequence[float]] = {
-            "rewards/chosen": pairs.chosen_rewards,
-            "rewards/rejected": pairs.rejected_rewards,
-            "tokens/chosen": pairs.chosen_tokens,
-            "tokens/rejected": pairs.rejected_tokens,
-        }
-        finite = {name: [_finite(value) for value in values] for name, values in columns.items()}
+        columns = (pairs.chosen_rewards, pairs.rejected_rewards, pairs.chosen_tokens, pairs.rejected_tokens)
+        finite = {name: [_finite(value) for value in values] for name, values in zip(_COLUMNS, columns, strict=True)}
         _append(self._run.path / PAIRS, {"step": pairs.step, **finite})
         if all(map(math.isfinite, pairs.margins)):
             self._history.pairs = pairs
             self._mirrors.histogram(pairs.step, "eval_margins", pairs.margins)
+
+    def _take_up_pairs(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The newest pairs that are finite, as `_keep_pairs` would have left them."""
+        for record in records:
+            columns = [record[name] for name in _COLUMNS]
+            if not any(value is None for column in columns for value in column):
+                self._history.pairs = Pairs(record["step"], *columns)
+
+    def _take_up_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The answers of each evaluation so far: the rules look for what has become worse."""
+        for step, rows in groupby(records, key=lambda record: record["step"]):
+            samples = [Sample(row["prompt"], row["answer"], row["tokens"], row["ended"]) for row in rows]
+            self._history.samples.append((step, samples))
 
     def _keep_samples(self, step: int, samples: Sequence[Sample]) -> None:
         rows = [
@@ -142,6 +157,8 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file, but for a last line that a killed process did not finish."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    whole = file.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]

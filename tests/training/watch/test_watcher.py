@@ -21,7 +21,7 @@ from pipeline.tracking import Mirrors
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
 from pipeline.training.watch.health import Finding
-from pipeline.training.watch.history import Pairs, Setting
+from pipeline.training.watch.history import Pairs, Sample, Setting
 from pipeline.training.watch.watcher import GENERATIONS, PAIRS, Watcher
 
 
@@ -171,12 +171,42 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(run: Run, told: list[Fin
         before.evaluate(step)
     before.log(12, loss=math.nan)
     told.clear()
-    run.metrics_file.write_text(
-        "".join(json.dumps({"step": at, "loss": 0.5, "rewards/chosen": -0.2}) + "\n" for at in range(1, 10))
-    )
+    record = [{"step": at, "loss": 0.5, "rewards/chosen": -0.2} for at in range(1, 10)]
+    record += [{"step": step, "eval_loss": 0.5} for step in (3, 9)]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in record))
+    with (run.path / PAIRS).open("a") as stream:
+        stream.write('{"step": 15, "rew')  # as a kill leaves it
     resumed = Trainer(watcher(read_run(run.path), told), step=9)
     assert resumed.args.eval_on_start is False
     assert [line["step"] for line in lines(run.path / PAIRS)] == [3, 9]
     assert [finding["code"] for finding in read_run(run.path).manifest["health"]] == ["kl-bound"]
     resumed.log(10, loss=0.5, **{"rewards/chosen": -0.2})
     assert [finding.code for finding in told] == ["likelihood-displacement"]
+
+
+def test_an_evaluation_that_is_owed_is_not_kept_twice(run: Run, told: list[Finding]) -> None:
+    """A checkpoint of step 9 owes its evaluation; a resumed run made it and was killed: the next one makes it again."""
+    before = Trainer(watcher(run, told))
+    for step in (3, 9):
+        before.evaluate(step)
+    run.metrics_file.write_text(json.dumps({"step": 3, "eval_loss": 0.5}) + "\n")
+    resumed = Trainer(watcher(read_run(run.path), told), step=9)
+    resumed.evaluate(9)
+    assert [line["step"] for line in lines(run.path / PAIRS)] == [3, 9]
+
+
+def test_samples_and_pairs_of_before_are_remembered(run: Run, told: list[Finding]) -> None:
+    """Answers that ended before and do not now are a finding, also where the run was stopped in between."""
+
+    def asking(ended: bool) -> Watcher:
+        samples = [Sample("p", f"answer {at}", 5, ended) for at in range(4)]
+        setting = Setting("dpo", learning_rate=1e-4, beta=0.1)
+        return Watcher(run, Mirrors(), setting, take_pairs=None, ask=lambda: samples, tell=told.append, say=print)
+
+    before = Trainer(asking(ended=True))
+    before.evaluate(3)
+    run.metrics_file.write_text(json.dumps({"step": 3, "eval_loss": 0.5}) + "\n")
+    resumed = Trainer(asking(ended=False), step=3)
+    resumed.evaluate(6)
+    assert [finding.step for finding in told] == [6]
+    assert "end" in told[0].message
