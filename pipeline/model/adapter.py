@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from pipeline.data.bounds import BoundError, time_limit
 from pipeline.errors import PipelineError
+from pipeline.machine import is_out_of_memory
 from pipeline.model.fixed_lora import factors_of, fixed_loras
 from pipeline.model.precision import dequantize, is_quantized
 from pipeline.runs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, staged_folder, write_json
@@ -27,6 +30,20 @@ FIXED_BIAS = "sft_bias"
 """The attribute of a policy that says which of the base's biases its SFT adapter holds: `all` or `lora_only`."""
 KEPT = "sft_opened"
 """The attribute of a policy that lists the modules that SFT opened and DPO does not: frozen parts of its base."""
+_MAX_CONFIG = 1024 * 1024
+"""Bytes of an adapter's configuration; a usual one has one thousand."""
+_PATTERN_SECONDS = 10.0
+"""For all patterns of a configuration on all names of a model; usual ones take milliseconds."""
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "r": int,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "target_modules": (str, list, set),
+    "modules_to_save": (list, set),
+    "base_model_name_or_path": str,
+    "bias": str,
+}
+"""What some keys of an adapter's configuration may be, of which PEFT checks nothing."""
 _NO_MATTER = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -62,7 +79,7 @@ def adapter_config_sha256(folder: Path) -> str:
             for key, value in config.items()
             if key not in _NO_MATTER
         }
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(file, error) from error
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()
 
@@ -195,11 +212,28 @@ def read_config(folder: Path) -> Any:
     """
     from peft import PeftConfig
 
-    require_adapter(folder)
+    file = require_adapter(folder) / ADAPTER_CONFIG
     try:
-        return PeftConfig.from_pretrained(folder)
+        size = file.stat().st_size
+        config = PeftConfig.from_pretrained(folder) if size <= _MAX_CONFIG else None
     except Exception as error:
-        raise _damaged(folder / ADAPTER_CONFIG, error) from error
+        raise _damaged(file, error) from error
+    if config is None:
+        raise _damaged(file, f"a configuration of {size:,} bytes, at most {_MAX_CONFIG:,} are read")
+    for key, kind in _KINDS.items():
+        value = getattr(config, key, None)
+        if value is not None and not isinstance(value, kind):
+            raise _damaged(file, f"`{key}` is a {type(value).__name__}")
+    if not all(isinstance(name, str) for name in getattr(config, "modules_to_save", None) or ()):
+        raise _damaged(file, "`modules_to_save` holds more than names")
+    if getattr(config, "megatron_config", None):  # PEFT would import what it names
+        raise PipelineError(
+            "the adapter is for Megatron's layers, and asks for Python modules of its choice",
+            code="unsupported-adapter",
+            file=file,
+            mend="start from a plain LoRA adapter",
+        )
+    return config
 
 
 def changes_of_base(base: nn.Module, config: Any, folder: Path) -> list[str]:
@@ -211,7 +245,7 @@ def changes_of_base(base: nn.Module, config: Any, folder: Path) -> list[str]:
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
             keys = [key.removeprefix(PREFIX) for key in weights.keys()]  # noqa: SIM118 - it is no mapping
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(folder / ADAPTER_WEIGHTS, error) from error
     carried = carried_modules(base, config)
     # Trained biases, and embeddings that were saved with the adapter.
@@ -230,21 +264,54 @@ def load_adapter(base: Any, folder: Path, *, is_trainable: bool) -> Any:
     """
     from peft import PeftModel
 
+    config = read_config(folder)
+    _require_bounded(base, config, folder)
     if is_quantized(base):  # PEFT would load the whole weights of an opened block into packed ones
-        dequantize(base, carried_modules(base, read_config(folder)))
+        dequantize(base, carried_modules(base, config))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
         # Loaded once more, for PEFT to say what did not match: an adapter of a deeper or shallower base.
         result = model.load_adapter(folder, "default", is_trainable=is_trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration of strangers: any value may stand at any key
+        if is_out_of_memory(error):
+            raise
         raise _misfit(folder, " ".join(str(error).split())[:300]) from error
     if result.unexpected_keys:
         raise _misfit(folder, f"it holds weights for {some(result.unexpected_keys)}, which the base has not")
     if result.missing_keys:
         raise _misfit(folder, f"it holds no weights for {some(result.missing_keys)}")
     return model
+
+
+def _require_bounded(base: nn.Module, config: Any, folder: Path) -> None:
+    """Ranks are those of the weights, and patterns come to an end: PEFT would take whatever memory and time they ask.
+
+    Raises:
+        PipelineError: one of them does not, or the weights cannot be read.
+    """
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+            keys = [key for key in weights.keys() if "lora_A" in key]  # noqa: SIM118 - it is no mapping
+            largest = max((weights.get_slice(key).get_shape()[0] for key in keys), default=None)
+    except (SafetensorError, OSError, IndexError) as error:
+        raise _damaged(folder / ADAPTER_WEIGHTS, error) from error
+    ranks = getattr(config, "rank_pattern", None) or {}
+    rank = max([one for one in (getattr(config, "r", 0), *ranks.values()) if isinstance(one, int)], default=0)
+    if largest is not None and rank > largest:
+        raise _misfit(folder, f"it asks for rank {rank}, and its weights have rank {largest}")
+    patterns = [getattr(config, key, None) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        patterns += getattr(config, key, None) or ()
+    try:
+        with time_limit(_PATTERN_SECONDS):
+            for pattern in patterns:
+                if isinstance(pattern, str):
+                    for name, _ in base.named_modules():
+                        re.fullmatch(rf"(.*\.)?({pattern})(\..*)?", name)
+    except (re.error, BoundError, RecursionError) as error:
+        raise _misfit(folder, f"a pattern of its configuration cannot be used: {error}") from error
 
 
 def _misfit(folder: Path, cause: str) -> PipelineError:
@@ -255,7 +322,7 @@ def _misfit(folder: Path, cause: str) -> PipelineError:
     )
 
 
-def _damaged(file: Path, error: Exception) -> PipelineError:
+def _damaged(file: Path, error: Exception | str) -> PipelineError:
     return PipelineError(
         f"the adapter cannot be read: {' '.join(str(error).split())[:300]}",
         code="damaged-adapter",

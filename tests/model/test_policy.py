@@ -251,7 +251,7 @@ def test_a_rank_that_does_not_fit_the_weights_is_said(make_model: Make, write_ad
     folder, _ = write_adapter(make_model())
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "r": 8}))
-    with pytest.raises(PipelineError, match="size mismatch") as caught:
+    with pytest.raises(PipelineError, match="asks for rank 8, and its weights have rank 4") as caught:
         open_policy(make_model(), folder, NOTHING)
     assert caught.value.code == "adapter-mismatch"
 
