@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.data.check import load_rows
 from pipeline.errors import PipelineError
+from pipeline.evaluation.harness import require_tasks
 from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.runs import compare_runs
 from pipeline.experiment import Experiment
@@ -45,6 +46,8 @@ def align(
         PipelineError: as the stages do; what was finished before stays. Or there is nothing to go on with.
     """
     require_experiment_data(experiment)
+    if experiment.evaluation.lm_eval is not None:
+        require_tasks(experiment.evaluation.lm_eval)  # missed now rather than after both phases
     stopped = _Stopped(None, None) if resume is None else _find_stopped(experiment, root, resume)
     console.rule("phase one: SFT")
     sft = _phase(stopped.sft, resume, console, lambda resume: run_sft(experiment, root, console, resume=resume))

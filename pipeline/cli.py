@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # With --format json, stdout is one JSON object's: people, and libraries that print, get stderr.
     console = Console(stderr=as_json, soft_wrap=True, quiet=not first)
+    # bitsandbytes, where it is installed, tells everyone of a faster kernel that it did not find, when it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with ExitStack() as stack:
         stack.enter_context(_stoppable())
         if as_json:
@@ -253,6 +256,12 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="let the experiment's judge compare the answers, where it names one (default)",
+    )
+    compare.add_argument(
+        "--lm-eval",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the experiment's tasks of lm-eval to every version, where it names any (default)",
     )
     compare.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. evaluation.temperature=0.7"
@@ -473,7 +482,13 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Answer:
     else:
         experiment = load_experiment(arguments.experiment, arguments.set).experiment
     comparison = compare_runs(
-        runs, experiment, arguments.checkpoints, console, with_base=arguments.base, with_judge=arguments.judge
+        runs,
+        experiment,
+        arguments.checkpoints,
+        console,
+        with_base=arguments.base,
+        with_judge=arguments.judge,
+        with_lm_eval=arguments.lm_eval,
     )
     print_comparison(comparison, console)
     return {"ok": True, **comparison.as_dict()}, ExitCode.DONE

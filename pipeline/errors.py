@@ -10,6 +10,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from pipeline.redaction import hide
+
 
 class ExitCode(IntEnum):
     """What a command's exit status says."""
@@ -29,7 +31,7 @@ class PipelineError(Exception):
     """Something that the user can mend.
 
     Args:
-        message: the cause, one sentence, no trailing full stop needed.
+        message: the cause, one sentence, no trailing full stop needed; what looks like a secret in it is hidden.
         code: a stable kebab-case identifier, e.g. `unknown-key`.
         mend: what to type or change.
         file, line, pointer: where; `line` counts from 1, `pointer` is RFC 6901.
@@ -47,10 +49,10 @@ class PipelineError(Exception):
         pointer: str | None = None,
         exit_code: ExitCode = ExitCode.USAGE,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = hide(message)
+        super().__init__(self.message)
         self.code = code
-        self.mend = mend
+        self.mend = hide(mend)
         self.file = None if file is None else str(file)
         self.line = line
         self.pointer = pointer

@@ -366,9 +366,10 @@ class Dpo(_Stage):
 class Engine(_Section):
     """How training is computed. The curve stays TRL's: exactly, or within 5e-3 of the loss where `fast` rounds."""
 
-    precision: Literal["exact", "fast"] = "exact"
-    """How float32 matrices are multiplied. `exact`: with float32's own error. `fast`: in bfloat16 (on a CPU that has
-    AMX) or TF32 (on CUDA). Half-precision weights (`model.dtype`) are multiplied as they are."""
+    precision: Literal["auto", "exact", "fast"] = "auto"
+    """How float32 matrices are multiplied. `exact`: with float32's own error. `fast`: gradients from factors rounded to
+    bfloat16, on a CPU that multiplies it; on CUDA everything in TF32. `auto`: `fast` on a CPU, else `exact`.
+    Half-precision weights (`model.dtype`) are multiplied as they are."""
     trunk_cache: Literal["auto", "off", "memory", "disk"] = "auto"
     """Where DPO keeps the output of the blocks below everything that trains, so that they are computed once a row.
     `auto`: in memory, if a quarter of what is free holds it. What is kept goes with the run."""
@@ -409,17 +410,33 @@ class Check(_Section):
 class Judge(_Section):
     """A model behind an endpoint that speaks OpenAI's chat completions, asked which of two answers is better."""
 
-    base_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
+    base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@?#]+$")]
     """Up to and without `/chat/completions`."""
     model: Text
     """As the endpoint names it."""
-    key_env: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    key_env: Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")] = "OPENAI_API_KEY"
     """The environment variable that holds the key; the key itself is written nowhere."""
     instruction: Text = (
         "Compare two answers to one question. Correctness counts most, then how well the answer does what was asked, "
         "then brevity."
     )
     """What the judge is told to look at."""
+
+
+class LmEval(_Section):
+    """Tasks of the lm-evaluation-harness (the extra `lm-eval`); names and meaning are its own."""
+
+    tasks: Annotated[list[Text], Field(min_length=1)]
+    """Tasks, groups, or patterns of them: `hellaswag`, `mmlu_*`."""
+    limit: PositiveInt | None = None
+    """Asks the first so many rows of each task only; null: all."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question; null: as the task says."""
+    batch_size: PositiveInt = 8
+    apply_chat_template: bool = False
+    """Asks through the tokenizer's chat template."""
+    include_path: Text | None = None
+    """A folder of tasks of your own. A task may name Python functions beside it, which lm-eval runs."""
 
 
 class Evaluation(_Section):
@@ -442,6 +459,8 @@ class Evaluation(_Section):
     match: list[Text] = Field(default_factory=list)
     """Fields of the JSON answer that must equal the reference's."""
     checks: dict[Name, Check] = Field(default_factory=dict)
+    lm_eval: LmEval | None = None
+    """Also puts tasks of the lm-evaluation-harness to each version."""
     judge: Judge | None = None
     """Also lets a judge compare each version's answers with those of the version before it."""
 
@@ -536,10 +555,11 @@ class Experiment(_Section):
                 "lora",
                 "bias",
             )
-        if self.dpo.adapter == "new" and (lora.use_dora or lora.bias != "none"):
-            key = "use_dora" if lora.use_dora else "bias"
+        no_sum = lora.use_dora and self.dpo.adapter != "continue"
+        if no_sum or (self.dpo.adapter == "new" and lora.bias != "none"):
+            key = "use_dora" if no_sum else "bias"
             raise _refuse(
-                f"`dpo.adapter: new` is saved as one LoRA with the SFT adapter, which `{key}` does not allow",
+                f"`dpo.adapter: {self.dpo.adapter}` makes SFT's adapter a part of a sum, which `{key}` does not allow",
                 f"remove `{key}`, or use `adapter: continue`",
                 "scope",
                 "lora",

@@ -33,6 +33,7 @@ _FILES = (
     ("data", "preferences", "eval"),
     ("evaluation", "prompts"),
     ("evaluation", "output_schema"),
+    ("evaluation", "lm_eval", "include_path"),
 )
 
 

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import PipelineError
 from pipeline.experiment_keys import mend_for
+from pipeline.redaction import hide
 from pipeline.yaml_places import Place, pointer_to
 from pipeline.yaml_scalars import needs_quotes, number_1_1
 
@@ -31,6 +32,16 @@ _WANTED = {
     "model_type": "a section of keys",
 }
 _RANGES = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+_PATTERNS: dict[str | int, tuple[str, str]] = {
+    "key_env": (
+        "`key_env` must be the name of an environment variable: capitals, digits and `_`",
+        "name the variable that holds the key, such as OPENAI_API_KEY; the key itself belongs nowhere in an experiment",
+    ),
+    "base_url": (
+        "`base_url` must be an address that begins with http:// or https://, without user name, password or query",
+        "give the address alone; the key goes into the environment variable that `key_env` names",
+    ),
+}
 _WORDS = {"yes", "no", "on", "off"}
 
 
@@ -69,7 +80,7 @@ def placed(problem: PipelineError, places: Mapping[str, Place], file: str | None
         pointer = pointer.rpartition("/")[0]
     place = places.get(pointer, Place())
     if place.override is not None:
-        problem.message = f"`--set {place.override}`: {problem.message}"
+        problem.message = f"`--set {hide(place.override)}`: {problem.message}"
     else:
         problem.file = file
         problem.line = place.line if problem.line is None else problem.line
@@ -103,6 +114,9 @@ def _say(path: Keys, details: Sequence[ErrorDetails], whole: Any, place: Place) 
     """Cause, code and mend of what is wrong at `path`, by the first kind below that `details` hold."""
     kinds = {detail["type"]: detail for detail in details}
     key, value = _name(path), _at(whole, path)
+    if "string_pattern_mismatch" in kinds and path[-1] in _PATTERNS:
+        cause, mend = _PATTERNS[path[-1]]  # what was written there may be a secret
+        return cause, "out-of-range", mend
     if "string_pattern_mismatch" in kinds:
         cause = f"`{value if isinstance(value, str) else path[-1]}` is not a name"
         mend = "a name has 1 to 64 letters, digits, `_`, `-` and `.`, and does not start with a dot"

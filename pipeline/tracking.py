@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 
 from pipeline.errors import PipelineError
 from pipeline.experiment import Tracking, Wandb
+from pipeline.redaction import hide
 
 _INIT_TIMEOUT = 30.0
 """Seconds that W&B may take to answer before the run is kept offline."""
@@ -244,6 +245,7 @@ def start_tracker(
     config: dict[str, Any],
     say: Callable[[str], None],
     earlier: dict[str, Any] | None = None,
+    step: int = 0,
 ) -> Tracker:
     """A tracker for a run.
 
@@ -256,7 +258,9 @@ def start_tracker(
         config: the resolved experiment and the manifest so far.
         say: tells the user one line.
         earlier: what `describe` said before the run was stopped: an online run is continued under its id. One that was
-            offline is not: W&B would take its second part for a new beginning, and forget the first.
+            offline is not: W&B would take its second part for a new beginning, and forget the first. The new W&B run
+            says what it goes on with: `resumed_from` in its configuration, and the tag `resumed`.
+        step: where a resumed run goes on.
     """
     mode = choose_mode(settings.mode)
     if mode == "disabled":
@@ -268,6 +272,8 @@ def start_tracker(
         continued = earlier["id"] if earlier and earlier["mode"] == "online" else None
 
         def init(mode: str) -> Any:
+            same = continued is not None and mode == "online"
+            anew = earlier is not None and not same
             return wandb.init(
                 project=settings.project or experiment,
                 entity=settings.entity,
@@ -276,9 +282,10 @@ def start_tracker(
                 name=name,
                 dir=folder,
                 mode=mode,  # type: ignore[arg-type]
-                id=continued if mode == "online" else None,
-                resume="allow" if continued and mode == "online" else None,
-                config=config,
+                id=continued if same else None,
+                resume="allow" if same else None,
+                config={**config, "resumed_from": {"id": earlier["id"], "step": step}} if earlier and anew else config,
+                tags=["resumed"] if anew else None,
                 save_code=False,
                 reinit="create_new",
                 settings=wandb.Settings(
@@ -301,6 +308,6 @@ def start_tracker(
             say(f"W&B cannot be reached ({type(error).__name__}); the run is tracked offline")
             run = init("offline")
     except Exception as error:
-        say(f"W&B is left out ({type(error).__name__}: {error}); metrics.jsonl holds everything")
+        say(f"W&B is left out ({type(error).__name__}: {hide(str(error))}); metrics.jsonl holds everything")
         return Tracker(None, say)
     return Tracker(run, say)

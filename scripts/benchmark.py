@@ -30,7 +30,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="rows in any format that the commands read; else shipped ones")
     parser.add_argument("--rows", type=int, default=32, help="how many of them (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each side, alternating (default: %(default)s)")
-    parser.add_argument("--precision", choices=("exact", "fast"), default="exact", help="ours (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("auto", "exact", "fast"), default="auto", help="ours (default: %(default)s)"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text")
     for name in ("side", "folder", "result"):  # how it calls itself
         parser.add_argument(f"--{name}", type=str if name == "side" else Path, help=argparse.SUPPRESS)

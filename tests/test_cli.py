@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,3 +273,64 @@ def test_verify(run: Any, write_experiment: Any) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     answer = run("verify", "lights/dpo-001", "--format", "json")
     assert (answer.code, answer.json["ok"]) == (1, False)
+
+
+def logps_of(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 40)[None]).logits.log_softmax(dim=-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*")
+def test_merge(run: Any, write_experiment: Any, tiny_folder: Path) -> None:
+    """SFT opened the tied head beside LoRA; the merged folder needs neither PEFT nor this project."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    short = {"max_steps": 2, "warmup_steps": 0, "save_strategy": "no", "eval_strategy": "no"}
+    experiment = write_experiment(sft={**short, "unfreeze": {"lm_head": True, "learning_rate": 1.0e-2}})
+    assert run("sft", experiment).code == 0
+    answer = run("merge", "lights/sft-001", "out/merged", "--format", "json")
+    assert answer.code == 0
+    assert answer.json["ok"] is True
+    assert answer.json["path"] == "out/merged"
+    assert answer.json["tolerance"] == 0.01
+    assert answer.json["difference"] <= answer.json["tolerance"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    untrained = logps_of(base)
+    trained = logps_of(PeftModel.from_pretrained(base, "checkpoints/lights/sft-001/adapter"))
+    merged = logps_of(AutoModelForCausalLM.from_pretrained("out/merged"))
+    assert (merged - trained).abs().max() <= answer.json["tolerance"]
+    assert (merged - untrained).abs().max() > 10 * answer.json["tolerance"]
+    assert "nats from the adapter on its base" in run("merge", "lights/sft-001", "again").out
+
+    # What stands there already is left alone.
+    before = {file.name: file.stat().st_mtime_ns for file in Path("out/merged").iterdir()}
+    answer = run("merge", "lights/sft-001", "out/merged", "--format", "json")
+    assert (answer.code, answer.json["errors"][0]["code"]) == (2, "out-exists")
+    assert {file.name: file.stat().st_mtime_ns for file in Path("out/merged").iterdir()} == before
+    read_run(Path("checkpoints/lights/sft-001")).end("interrupted")
+    answer = run("merge", "lights/sft-001", "other")
+    assert answer.code == 2
+    assert "lights/sft-001 is interrupted, so it left no adapter to merge" in answer.err
+    assert not Path("other").exists()
+
+
+def test_merge_into_a_base_that_is_quantised_already(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """Nothing could be added to packed weights: neither a merged model nor a word of it is left behind."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    packed = tmp_path / "packed"
+    shutil.copytree(tiny_folder, packed)
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(packed)
+    model.save_pretrained(tmp_path / "adapter")
+    answer = run("merge", tmp_path / "adapter", "out")
+    assert answer.code == 2
+    assert f"{packed} is quantised already (by gptq)" in answer.err
+    assert "name the model that it was made from" in answer.err
+    assert not Path("out").exists()

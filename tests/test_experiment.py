@@ -98,6 +98,10 @@ def test_a_stage_without_held_out_rows_is_not_evaluated() -> None:
         ({"dpo": {"adapter": "frozen"}}, ("dpo", "adapter")),
         ({"dpo": {"adapter": "new"}, "scope": {"lora": None}}, ("dpo", "adapter")),
         ({"dpo": {"adapter": "new"}, "scope": {"lora": {"use_dora": True}}}, ("scope", "lora", "use_dora")),
+        (
+            {"dpo": {"adapter": "frozen", "unfreeze": {"lm_head": True}}, "scope": {"lora": {"use_dora": True}}},
+            ("scope", "lora", "use_dora"),
+        ),
         ({"dpo": {"adapter": "new"}, "scope": {"lora": {"bias": "all"}}}, ("scope", "lora", "bias")),
         ({"scope": {"lora": None}, "data": {"demonstrations": {"train": "a"}}}, ("scope", "lora")),
         (

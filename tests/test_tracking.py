@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 
 from pipeline import tracking
-from pipeline.errors import PipelineError
+from pipeline.errors import ExitCode, PipelineError
 from pipeline.experiment import Tracking, Wandb
 from pipeline.experiment_file import dump_experiment, load_experiment
+from pipeline.runs.resume import Resume
 from pipeline.runs.run import create_run, read_run
 from pipeline.tracking import choose_mode, require_tracking, start_tracker
+from pipeline.training import sft as sft_module
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
 from pipeline.wandb_sync import sync
@@ -29,9 +32,13 @@ def offline_records(run: Path) -> list[Any]:
     The file is a 7-byte header and LevelDB's log format: blocks of 32 KiB, in each chunks of checksum (4 bytes),
     length (2), type (1: whole, 2: first, 3: middle, 4: last) and data; a record is the data of its chunks.
     """
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    return records_in(file)
+
+
+def records_in(file: Path) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert content[:4] == b":W&B"
     records, at, data = [], 7, b""
@@ -324,10 +331,51 @@ def test_a_resumed_run_keeps_its_id_where_it_can_be_continued(
 ) -> None:
     settings = {"experiment": "e", "name": "sft-001", "stage": "sft", "folder": tmp_path, "config": {}, "say": print}
     earlier = {"id": "old", "mode": mode, "project": "e", "group": "e"}
-    tracking.start_tracker(Wandb(mode="online"), earlier=earlier, **settings)
+    tracking.start_tracker(Wandb(mode="online"), earlier=earlier, step=5, **settings)
     assert taken[0].arguments["id"] == continued
     assert taken[0].arguments["resume"] == ("allow" if continued else None)
     assert taken[0].group == "e"
+    said = {"resumed_from": {"id": "old", "step": 5}}
+    assert (taken[0].arguments["config"], taken[0].arguments["tags"]) == (
+        ({}, None) if continued else (said, ["resumed"])
+    )
+
+
+def test_an_offline_run_that_is_resumed_says_what_it_goes_on_with(
+    write_experiment: Any, tmp_path: Path, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's own files: a second run of the same name and group, from the step behind the checkpoint on."""
+    path = write_experiment(tracking={"wandb": {"mode": "offline"}, "samples": 0}, sft={"max_steps": 4})
+    experiment = load_experiment(path).experiment
+    with monkeypatch.context() as patched:
+        training_step = sft_module._Trainer.training_step
+
+        def stopped(self: Any, *rest: Any, **more: Any) -> Any:
+            if self.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return training_step(self, *rest, **more)
+
+        patched.setattr(sft_module._Trainer, "training_step", stopped)
+        with pytest.raises(PipelineError) as caught:
+            run_sft(experiment, tmp_path / "runs", console)
+    assert caught.value.exit_code == ExitCode.INTERRUPTED
+    folder = tmp_path / "runs/lights/sft-001"
+    (first,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    before = read_run(folder).manifest["wandb"]
+    run_sft(experiment, tmp_path / "runs", console, resume=Resume())
+    (second,) = set(folder.glob("wandb/offline-run-*/run-*.wandb")) - {first}
+    parts = [records_in(file) for file in (first, second)]
+    started = [next(one.run for one in part if one.WhichOneof("record_type") == "run") for part in parts]
+    assert [(one.display_name, one.run_group, list(one.tags)) for one in started] == [
+        ("sft-001", "lights", []),
+        ("sft-001", "lights", ["resumed"]),
+    ]
+    configured = {item.key: json.loads(item.value_json) for item in started[1].config.update}
+    assert configured["resumed_from"] == {"id": started[0].run_id, "step": 2}
+    steps = [[line["_step"] for line in history(part) if "loss" in line] for part in parts]
+    assert steps == [[1, 2], [3, 4]]
+    manifest = read_run(folder).manifest
+    assert (manifest["wandb"]["id"], manifest["wandb_earlier"]) == (started[1].run_id, [before])
 
 
 def test_sync_sends_the_record_under_a_new_id_in_the_same_group(

@@ -243,7 +243,9 @@ def _margins(
             if policy.key not in scored:
                 ticking = _counter(progress, candidate.name, "preferences", 2 * len(pairs))
                 with policy.activate() as model:
-                    scored[policy.key] = pair_logps(model, pairs, batch_size=batch_size, progress=ticking)
+                    scored[policy.key] = pair_logps(
+                        model, pairs, batch_size=batch_size, share_prompts=True, progress=ticking
+                    )
             return scored[policy.key]
 
         return logps

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.data.tokens import Text, encode
 from pipeline.errors import PipelineError
-from pipeline.evaluation.inference import evaluating, forward_parameters
+from pipeline.evaluation.inference import evaluating, forward_parameters, left_padded
 
 _MARK = "0a1b2c3d"
 """An answer that no chat template contains by itself."""
@@ -178,7 +178,7 @@ def _decode(
     Greedy, unless each prompt has a chooser of its own.
     """
     parameters = forward_parameters(model)
-    ids, mask = _left_padded(prompts, model.device)
+    ids, mask = left_padded(prompts, model.device)
     # A token's position is the number of real tokens before it, so that padding moves nothing.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     cache = None
@@ -240,14 +240,3 @@ def _decode(
     if progress is not None and rows:
         progress(len(rows))
     return list(zip(range(len(prompts)), generated, ended, strict=True))
-
-
-def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask `[B, T]`, prompts flush right; masked positions hold a 0 that nothing reads."""
-    length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)

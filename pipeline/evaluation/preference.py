@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.tokens import Completion, Pair
-from pipeline.evaluation.inference import evaluating, forward_parameters
+from pipeline.evaluation.inference import evaluating, forward_parameters, left_padded
 from pipeline.evaluation.intervals import Estimate, bootstrap
 
 PairLogps: TypeAlias = Callable[[Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
@@ -93,15 +93,74 @@ def pair_logps(
     pairs: Sequence[Pair],
     *,
     batch_size: int = 8,
+    share_prompts: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The log-probabilities of the chosen and of the rejected completions, `[B]` float32 nats each.
 
     Policy and reference score the same pairs in the same batches, so that equal weights give equal figures.
+
+    Args:
+        model: as in `completion_logps`.
+        pairs: token ids.
+        batch_size: completions at a time.
+        share_prompts: computes a prompt once for both completions where the model keeps keys and values of it, and
+            nothing else: the same log-probabilities but for rounding. A proof asks for the plain forward instead.
+        progress: called with the number of completions scored since the last call.
     """
-    completions = [Completion(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    logps = completion_logps(model, completions, batch_size=batch_size, progress=progress)
-    return logps[0::2], logps[1::2]
+    if not (share_prompts and _remembers_keys_alone(model) and all(pair.prompt_ids for pair in pairs)):
+        each = [Completion(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        logps = completion_logps(model, each, batch_size=batch_size, progress=progress)
+        return logps[0::2], logps[1::2]
+    chosen_and_rejected = torch.zeros(len(pairs), 2)
+    # Prompts of a length together: they are padded to the longest.
+    order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index].prompt_ids))
+    count = max(batch_size // 2, 1)
+    with evaluating(model):
+        for at in range(0, len(order), count):
+            batch = order[at : at + count]
+            chosen_and_rejected[batch] = _after_one_prompt(model, [pairs[index] for index in batch])
+            if progress is not None:
+                progress(2 * len(batch))
+    return chosen_and_rejected[:, 0], chosen_and_rejected[:, 1]
+
+
+def _remembers_keys_alone(model: Any) -> bool:
+    """Whether every layer is full attention: a window or a recurrent state would need care with the padding."""
+    config = model.config.get_text_config()
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return (
+        full
+        and getattr(config, "sliding_window", None) is None
+        and not getattr(inner, "_is_stateful", False)
+        and forward_parameters(model) >= {"past_key_values", "position_ids", "logits_to_keep"}
+    )
+
+
+def _after_one_prompt(model: Any, pairs: Sequence[Pair]) -> torch.Tensor:
+    """Log-probabilities of chosen and rejected, `[B, 2]`: the prompts first, flush right, then both completions."""
+    prompts, before = left_padded([pair.prompt_ids for pair in pairs], model.device)
+    positions = (before.cumsum(dim=1) - 1).clamp(min=0)
+    prompted = model(input_ids=prompts, attention_mask=before, position_ids=positions, use_cache=True, logits_to_keep=1)
+    first = prompted.logits[:, -1].float()  # [B, V]: what the completions' first tokens are predicted from
+    completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    ids, mask = _right_padded([Completion([], tokens[:-1]) for tokens in completions], model.device)
+    logits = None
+    if ids.shape[1]:
+        cache = prompted.past_key_values
+        cache.batch_repeat_interleave(2)
+        behind = before.sum(dim=1).repeat_interleave(2)[:, None] + torch.arange(ids.shape[1], device=model.device)
+        seen = torch.cat([before.repeat_interleave(2, dim=0), mask], dim=1)
+        logits = model(input_ids=ids, attention_mask=seen, position_ids=behind, past_key_values=cache).logits
+    logps = torch.zeros(len(completions))
+    for row, tokens in enumerate(completions):
+        own = first[row // 2][None]
+        if logits is not None:
+            own = torch.cat([own, logits[row, : max(len(tokens) - 1, 0)].float()])
+        targets = torch.tensor(tokens, device=model.device, dtype=torch.long)
+        logps[row] = -torch.nn.functional.cross_entropy(own[: len(tokens)], targets, reduction="sum")
+    return logps.view(-1, 2)
 
 
 def preference_scores(policy: PairLogps, reference: PairLogps, pairs: Sequence[Pair], beta: float) -> torch.Tensor:

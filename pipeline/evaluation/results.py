@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.evaluation.harness import TaskFigure
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.judge import Judged
 from pipeline.evaluation.verdict import Verdict
@@ -68,8 +69,11 @@ class Comparison:
     """What each tuned model is: `run` (its name, or the adapter's folder) and the adapter's `sha256`."""
     judge: dict[str, dict[str, Judged]] = field(default_factory=dict)
     """What the judge made of a model's answers against another's: by model, then by the other."""
+    lm_eval: dict[str, dict[str, TaskFigure]] = field(default_factory=dict)
+    """What lm-eval's tasks gave, by model and `task/metric`; they enter no verdict."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """How answers were made: `prompts`, `max_new_tokens`, `temperature` (0: greedy), `top_p`, `seed`."""
+    """How answers were made: `prompts`, `max_new_tokens`, `temperature` (0: greedy), `top_p`, `seed`; and, where it was
+    asked for, `lm_eval` with its settings and version."""
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as `compare.json` holds it."""
@@ -86,6 +90,10 @@ class Comparison:
             "judge": {
                 model: {other: judged.as_dict() for other, judged in others.items()}
                 for model, others in self.judge.items()
+            },
+            "lm_eval": {
+                model: {name: figure.as_dict() for name, figure in figures.items()}
+                for model, figures in self.lm_eval.items()
             },
             "verdict": None if self.verdict is None else self.verdict.as_dict(),
             "pairs": [asdict(pair) for pair in self.pairs],

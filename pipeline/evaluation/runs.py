@@ -29,11 +29,12 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.checks import checks_of
 from pipeline.evaluation.compare import Asked, Candidate, Policy, compare
 from pipeline.evaluation.generation import Sampling
+from pipeline.evaluation.harness import TaskFigure, require_tasks, run_tasks, version
 from pipeline.evaluation.judge import Judged, judge_pairs, key_of
 from pipeline.evaluation.questions import Question, completion_of, question_of
 from pipeline.evaluation.results import COMPARISON, Comparison, write_comparison
 from pipeline.evaluation.wording import last_said
-from pipeline.experiment import Experiment, Judge
+from pipeline.experiment import Experiment, Judge, LmEval
 from pipeline.experiment_file import load_experiment
 from pipeline.model.adapter import adapter_sha256, attached, require_adapter
 from pipeline.model.base import load_base
@@ -57,6 +58,7 @@ def compare_runs(
     *,
     with_base: bool = True,
     with_judge: bool = True,
+    with_lm_eval: bool = True,
 ) -> Comparison:
     """Asks the base and every run the experiment's held-out questions; writes `compare.json` into the last run.
 
@@ -66,6 +68,7 @@ def compare_runs(
         root: where runs live; a DPO run's reference is found there.
         console: where progress is shown.
         with_judge: lets the experiment's judge compare the answers, if it names one.
+        with_lm_eval: puts the experiment's tasks of lm-eval to every version, if it names any.
         with_base: also asks the base, and gives every difference to it.
 
     Raises:
@@ -76,6 +79,9 @@ def compare_runs(
         _require_finished(run)
     if experiment.evaluation.judge is not None and with_judge:
         key_of(experiment.evaluation.judge)  # missed now rather than after all answers are written
+    tasks = experiment.evaluation.lm_eval if with_lm_eval else None
+    if tasks is not None:
+        require_tasks(tasks)
     questions = _questions(experiment)
     ground = prepare_ground(experiment, console.print)
     for run in runs:
@@ -96,15 +102,20 @@ def compare_runs(
             progress=ticking,
         )
     evaluation = experiment.evaluation
+    if tasks is not None:
+        with multiplication(experiment.engine.precision, ground.placement.device):
+            comparison = _with_tasks(tasks, comparison, candidates, ground.tokenizer, console)
     if evaluation.judge is not None and with_judge:
         comparison = _judged(evaluation.judge, comparison, experiment.seed, console)
-    settings = {
+    settings: dict[str, Any] = {
         "prompts": evaluation.prompts,
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "seed": experiment.seed,
     }
+    if tasks is not None:
+        settings["lm_eval"] = {"version": version(), **tasks.model_dump(mode="json")}
     versions = {name: _version(run) for name, run in zip(names, runs, strict=True)}
     comparison = replace(comparison, versions=versions, settings=settings)
     if isinstance(runs[-1], Run):
@@ -134,6 +145,24 @@ def _judged(settings: Judge, comparison: Comparison, seed: int, console: Console
         else:
             found[name] = {earlier: judged}
     return replace(comparison, judge=found, absent=absent)
+
+
+def _with_tasks(
+    settings: LmEval, comparison: Comparison, candidates: Sequence[Candidate], tokenizer: Any, console: Console
+) -> Comparison:
+    """The comparison with lm-eval's figures of each version."""
+    found: dict[str, dict[str, TaskFigure]] = {}
+    absent = dict(comparison.absent)
+    for at, candidate in enumerate(candidates):
+        console.print(f"lm-eval: {candidate.name}: {', '.join(settings.tasks)}", highlight=False, markup=False)
+        try:
+            with candidate.policy.activate() as model:
+                found[candidate.name] = run_tasks(settings, model, tokenizer)
+        except PipelineError as error:  # everything else is measured by now, and the next version would fail as well
+            for left in candidates[at:]:
+                absent[left.name] = {**absent.get(left.name, {}), "lm_eval": error.message}
+            break
+    return replace(comparison, lm_eval=found, absent=absent)
 
 
 def _version(run: Run | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.data.place import printable
+from pipeline.evaluation.harness import task_rows
 from pipeline.evaluation.results import Comparison, Sample, samples_worth_showing
 from pipeline.evaluation.wording import in_order, interval_text, is_share, last_said, metric_words, number_text
 
@@ -35,6 +36,10 @@ def print_comparison(comparison: Comparison, console: Console, *, samples: int =
         console.print(Text("prompt: ", style="bold").append(_shown(last_said(sample.prompt, "user")), style="not bold"))
         console.print(_sample(sample, comparison.models))
     _print_judge(comparison, console)
+    if any(comparison.lm_eval.values()):
+        console.print()
+        console.print(_tasks(comparison))
+        console.print(Text("lm-eval's figures, with its standard errors.", style="dim"))
     print_verdict(comparison, console)
 
 
@@ -49,6 +54,17 @@ def _print_judge(comparison: Comparison, console: Console) -> None:
                 .append(share)
                 .append(failed)
             )
+
+
+def _tasks(comparison: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("lm-eval", overflow="fold")
+    table.add_column("n", justify="right")
+    for model in comparison.models:
+        table.add_column(Text(model), justify="right", overflow="fold")
+    for name, counts, figures in task_rows(comparison.as_dict()):
+        table.add_row(Text(name), counts, *(Text(figure or "-") for figure in figures))
+    return table
 
 
 def print_verdict(comparison: Comparison, console: Console) -> None:

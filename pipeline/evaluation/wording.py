@@ -20,6 +20,7 @@ _WORDS = {
     "regression_perplexity": "general: perplexity",
     "regression_agreement": "general: agrees with base",
     "judge": "judgement",
+    "lm_eval": "figures of lm-eval",
 }
 _PLAIN = ("preference_margin", "perplexity", "length_mean", "kl_to_reference", "regression_perplexity")
 """Metrics that are no shares."""

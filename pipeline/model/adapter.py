@@ -25,6 +25,8 @@ REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of LoRA that take the adapter's part out of the base's own weights."""
 FIXED_BIAS = "sft_bias"
 """The attribute of a policy that says which of the base's biases its SFT adapter holds: `all` or `lora_only`."""
+KEPT = "sft_opened"
+"""The attribute of a policy that lists the modules that SFT opened and DPO does not: frozen parts of its base."""
 _NO_MATTER = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -122,18 +124,19 @@ def save_adapter(policy: Any, tokenizer: Any, folder: Path) -> None:
     """Writes the trained adapter as stock PEFT does, without the reference, the tokenizer beside it; whole or not.
 
     What the policy has beside PEFT's adapter is written into it, so that stock PEFT opens the whole of it on the base
-    alone: a fixed LoRA by concatenation, biases that SFT trained as what `bias` stands for.
+    alone: a fixed LoRA by concatenation, biases that SFT trained as what `bias` stands for, modules that SFT opened
+    among `modules_to_save`.
     """
     with staged_folder(folder) as staged:
         policy.save_pretrained(staged, selected_adapters=["default"], save_embedding_layers=False)
         fixed = fixed_loras(policy)
-        bias = getattr(policy, FIXED_BIAS, None)
-        if fixed or bias is not None:
-            _complete(policy, staged, fixed, bias)
+        bias, kept = getattr(policy, FIXED_BIAS, None), getattr(policy, KEPT, [])
+        if fixed or kept or bias is not None:
+            _complete(policy, staged, fixed, bias, kept)
         tokenizer.save_pretrained(staged)
 
 
-def _complete(policy: Any, folder: Path, fixed: dict[str, Any], bias: str | None) -> None:
+def _complete(policy: Any, folder: Path, fixed: dict[str, Any], bias: str | None, kept: list[str]) -> None:
     """Rewrites what stock PEFT saved: LoRA and fixed LoRA of a layer become one of the sum of their ranks.
 
     B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Their scalings are multiplied into B, and alpha equals r, so that PEFT scales
@@ -175,6 +178,11 @@ def _complete(policy: Any, folder: Path, fixed: dict[str, Any], bias: str | None
             and ".modules_to_save." not in name
             and ".original_module." not in name
         }
+    for name in kept:
+        module = policy.get_submodule(PREFIX + name)
+        state |= {f"{PREFIX}{name}.{key}": weight.cpu().clone() for key, weight in module.state_dict().items()}
+    if kept:
+        config["modules_to_save"] = [*(config["modules_to_save"] or []), *kept]
     save_file(state, weights_file, metadata={"format": "pt"})
     write_json(config_file, config)
 

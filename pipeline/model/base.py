@@ -87,7 +87,26 @@ def _with_weights(files: BaseFiles) -> BaseFiles:
             "convert it once: load it with Transformers and `save_pretrained` it",
             code="no-safetensors",
         )
-    return files
+    return require_whole(files)
+
+
+def require_whole(files: BaseFiles) -> BaseFiles:
+    """`files`, if the base's weights are held as numbers.
+
+    Raises:
+        PipelineError: they were quantised already: what is opened could not be held in float32, and the proof, which
+            knows the four bits of `model.quantize` alone, would judge by the wrong tolerance.
+    """
+    try:
+        config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+        method = config["quantization_config"].get("quant_method", "a method that it does not name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return files  # none, or a damaged file, which loading says
+    raise _missing(
+        f"{files.id} is quantised already (by {method})",
+        "name the model that it was made from; `model.quantize: nf4` holds that in four bits",
+        code="quantised-base",
+    )
 
 
 def _from_hub(model_id: str, revision: str | None) -> BaseFiles:

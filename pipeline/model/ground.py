@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from pipeline.experiment import Experiment
 from pipeline.model.base import BaseFiles, find_base, load_tokenizer, require_bitsandbytes
-from pipeline.model.device import Placement, place
+from pipeline.model.device import Placement, place, reuse_memory
 
 Say = Callable[[str], None]
 """Tells the user one line."""
@@ -33,6 +32,7 @@ def prepare_ground(experiment: Experiment, say: Say) -> Ground:
         PipelineError: one of them is not to be had.
     """
     placement = place(experiment.model.device, experiment.model.dtype)
+    reuse_memory()
     if experiment.model.quantize == "nf4":
         require_bitsandbytes("`model.quantize: nf4`", "/model/quantize")
     say(f"device: {placement.describe()}")
@@ -56,7 +56,5 @@ def quiet_libraries() -> None:
     # PEFT on an opened head that was tied to the embeddings: it is untied on purpose, and `say_trainable` says so.
     warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
 
-    # bitsandbytes, where it is installed, tells everyone of a faster kernel that it did not find.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.experiment import DpoAdapter, Lora, Unfreeze
 from pipeline.model.adapter import (
     FIXED_BIAS,
+    KEPT,
     PREFIX,
     REWRITING,
     carried_modules,
@@ -30,6 +31,7 @@ from pipeline.model.anatomy import anatomy_of, linear_layers
 from pipeline.model.fixed_lora import factors_of, fix
 from pipeline.model.precision import hold_in_float32
 from pipeline.model.scope import lora_config, opened_modules
+from pipeline.runs.files import ADAPTER_CONFIG
 
 
 def new_policy(base: Any, config: Any) -> Any:
@@ -88,7 +90,9 @@ def open_policy(
 ) -> Any:
     """The SFT adapter on `base` as trainable policy (PEFT's adapter `default`), with more weights opened if asked.
 
-    What the policy computes is what the SFT model computes, up to the rounding of the fold.
+    What the policy computes is what the SFT model computes, up to the rounding of the fold. Modules that SFT opened and
+    DPO does not become a frozen part of the base, which policy and reference share, and `save_adapter` writes them
+    along.
 
     Args:
         base: the Transformers model; it is changed in place.
@@ -101,29 +105,31 @@ def open_policy(
 
     Raises:
         PipelineError: the folder holds no LoRA adapter, or one that changes the base itself or reaches beyond its
-            blocks; it does not fit the base; or it carries opened modules that DPO would not open.
+            blocks; it does not fit the base; or it carries parts of blocks that DPO would not open.
     """
     config = read_config(folder)
+    require_stackable(config, folder, adapter)
     _require_plain(base, config, folder)
     anatomy = anatomy_of(base)
     opened = opened_modules(anatomy, unfreeze, pointer)
-    carried = carried_modules(base, config)
-    left_shut = [name for name in carried if not within(name, opened)]
-    if left_shut:
+    kept = [name for name in carried_modules(base, config) if not within(name, opened)]
+    parts = [name for name in kept if name not in (*anatomy.blocks, anatomy.final_norm, anatomy.head)]
+    if parts:
         raise PipelineError(
-            f"the SFT adapter carries trained {some(left_shut)}, which DPO would not open",
+            f"the SFT adapter carries trained {some(parts)}, and only whole blocks, the final norm and the head can "
+            "stay as SFT left them",
             code="conflict",
             file=folder,
             pointer=pointer,
-            mend="open in `dpo.unfreeze` at least what SFT opened",
+            mend="open in `dpo.unfreeze` at least the blocks that hold what SFT opened",
         )
-    hold_in_float32(base, opened)
+    hold_in_float32(base, [*opened, *kept])
     policy = load_adapter(base, folder, is_trainable=True)
     with_lora = [name.removeprefix(PREFIX) for name, module in policy.named_modules() if hasattr(module, "lora_A")]
     outside = [name for name in with_lora if not within(name, anatomy.blocks)]
     if outside:
         raise unsupported(f"the SFT adapter has LoRA outside the model's blocks: {some(outside)}")
-    policy = stack(policy, opened, unfreeze, adapter=adapter, lora=lora, pointer=pointer)
+    policy = stack(policy, opened, kept, unfreeze, adapter=adapter, lora=lora, pointer=pointer)
     if config.bias != "none":
         setattr(policy, FIXED_BIAS, config.bias)
         for name, parameter in policy.named_parameters():
@@ -133,13 +139,21 @@ def open_policy(
 
 
 def stack(
-    policy: Any, opened: list[str], unfreeze: Unfreeze, *, adapter: DpoAdapter, lora: Lora | None, pointer: str
+    policy: Any,
+    opened: list[str],
+    kept: list[str],
+    unfreeze: Unfreeze,
+    *,
+    adapter: DpoAdapter,
+    lora: Lora | None,
+    pointer: str,
 ) -> Any:
     """What DPO trains, from the SFT adapter as PEFT opened it.
 
     Args:
         policy: a PEFT model; it is taken apart.
         opened: the modules that `unfreeze` opens.
+        kept: the modules that SFT opened and DPO does not.
         unfreeze: as in `open_policy`.
         adapter: the same.
         lora: the same.
@@ -154,20 +168,44 @@ def stack(
     if adapter == "continue":
         if set(opened) == set(config.modules_to_save or ()):
             return policy
-        return _with_opened(policy, config, opened, with_lora, pointer)
-    base = _with_fixed(policy, config, opened, with_lora)
-    return new_policy(
-        base, lora_config(base, lora if adapter == "new" else None, unfreeze, config.revision, pointer=pointer)
-    )
+        stacked = _with_opened(policy, config, opened, kept, with_lora, pointer)
+    else:
+        base = _with_fixed(policy, opened, with_lora)
+        fresh = lora if adapter == "new" else None
+        stacked = new_policy(base, lora_config(base, fresh, unfreeze, config.revision, pointer=pointer, kept=kept))
+    setattr(stacked, KEPT, kept)
+    return stacked
 
 
-def _require_plain(base: nn.Module, config: Any, folder: Path) -> None:
-    """Raises: it is no LoRA for causal language models, or does not leave the base's weights as they are."""
+def require_stackable(config: Any, folder: Path, adapter: DpoAdapter) -> None:
+    """What an adapter's configuration alone tells, before a model is loaded.
+
+    Args:
+        config: PEFT's, of the SFT adapter.
+        folder: where it lies.
+        adapter: `dpo.adapter`.
+
+    Raises:
+        PipelineError: it is no LoRA for causal language models; or it is no sum, so that it cannot be a fixed part
+            that another adapter is added to.
+    """
     from peft import LoraConfig
 
     if type(config) is not LoraConfig or config.task_type not in (None, "CAUSAL_LM"):
         what = type(config).__name__ + (f" for {config.task_type}" if config.task_type else "")
         raise unsupported(f"{folder} holds a {what}, and DPO is stacked on a LoraConfig for CAUSAL_LM")
+    if adapter != "continue" and (config.use_dora or config.lora_bias):
+        what = "`use_dora`, which scales the whole weight" if config.use_dora else "`lora_bias`"
+        raise unsupported(
+            f"the SFT adapter has {what}: it cannot be a fixed part of the policy, as `dpo.adapter: {adapter}` asks",
+            "use `dpo.adapter: continue`",
+            file=folder / ADAPTER_CONFIG,
+            pointer="/dpo/adapter",
+        )
+
+
+def _require_plain(base: nn.Module, config: Any, folder: Path) -> None:
+    """Raises: the adapter does not leave the base's weights as they are."""
     embeddings = getattr(base, "get_input_embeddings", lambda: None)()
     names = {id(module): name for name, module in base.named_modules()}
     changes = changes_of_base(base, config, folder)
@@ -198,8 +236,13 @@ def _fold(policy: Any, opened: list[str]) -> None:
                 module.merge(safe_merge=policy.device.type != "meta", adapter_names=["default"])
 
 
-def _with_opened(policy: Any, config: Any, opened: list[str], with_lora: list[str], pointer: str) -> Any:
-    """The same adapter on the blocks that are not opened, its LoRA on the opened ones folded into them."""
+def _with_opened(
+    policy: Any, config: Any, opened: list[str], kept: list[str], with_lora: list[str], pointer: str
+) -> Any:
+    """The same adapter on the blocks that are not opened, its LoRA on the opened ones folded into them.
+
+    Taken apart, PEFT leaves its own copies of `modules_to_save` in the base: there those that are `kept` stay.
+    """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -214,15 +257,17 @@ def _with_opened(policy: Any, config: Any, opened: list[str], with_lora: list[st
     weights = {
         name: weight.clone()
         for name, weight in get_peft_model_state_dict(policy, save_embedding_layers=False).items()
-        if not within(name.removeprefix(PREFIX), opened)
+        if not within(name.removeprefix(PREFIX), [*opened, *kept])
     }
     _fold(policy, opened)
     folded = policy.unload()
-    if config.target_modules != DUMMY_TARGET_MODULES and not isinstance(config.target_modules, str):
+    if kept and left:
+        config.target_modules, config.layers_to_transform = sorted(left), None
+    elif config.target_modules != DUMMY_TARGET_MODULES and not isinstance(config.target_modules, str):
         # PEFT takes no layers beside a pattern; opened modules are left out of one by themselves.
         blocks = anatomy_of(folded).blocks
         config.layers_to_transform = [at for at, block in enumerate(blocks) if any(within(n, [block]) for n in left)]
-    config.modules_to_save = opened
+    config.modules_to_save = opened or None
     config.inference_mode = False
     stacked = get_peft_model(folded, config)
     state = get_peft_model_state_dict(stacked, save_embedding_layers=False)
@@ -231,19 +276,8 @@ def _with_opened(policy: Any, config: Any, opened: list[str], with_lora: list[st
     return stacked
 
 
-def _with_fixed(policy: Any, config: Any, opened: list[str], with_lora: list[str]) -> Any:
-    """The base with the SFT adapter as a part of it: folded where blocks are opened, beside the weights elsewhere.
-
-    Raises:
-        PipelineError: the adapter is no sum, so that nothing can be added to it in one adapter.
-    """
-    if config.use_dora or config.lora_bias:
-        what = "`use_dora`, which scales the whole weight" if config.use_dora else "`lora_bias`"
-        raise unsupported(
-            f"the SFT adapter has {what}: it cannot be a fixed part of the policy",
-            "use `dpo.adapter: continue`",
-            pointer="/dpo/adapter",
-        )
+def _with_fixed(policy: Any, opened: list[str], with_lora: list[str]) -> Any:
+    """The base with the SFT adapter as a part of it: folded where blocks are opened, beside the weights elsewhere."""
     _fold(policy, opened)
     factors = {name: factors_of(policy.get_submodule(PREFIX + name)) for name in with_lora if not within(name, opened)}
     base = policy.unload()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,13 @@ def opened_modules(anatomy: Anatomy, unfreeze: Unfreeze, pointer: str = "/scope/
 
 
 def lora_config(
-    model: Any, lora: Lora | None, unfreeze: Unfreeze, revision: str | None = None, *, pointer: str = "/scope/unfreeze"
+    model: Any,
+    lora: Lora | None,
+    unfreeze: Unfreeze,
+    revision: str | None = None,
+    *,
+    pointer: str = "/scope/unfreeze",
+    kept: Sequence[str] = (),
 ) -> Any:
     """PEFT's LoraConfig for this model: LoRA on the blocks that are not opened, opened modules saved whole.
 
@@ -77,6 +83,7 @@ def lora_config(
         unfreeze: what is opened beside it.
         revision: commit of a hub model, kept in the adapter's configuration.
         pointer: where `unfreeze` stands in the experiment.
+        kept: modules that an earlier stage opened, which take no LoRA either: they are saved whole.
 
     Raises:
         PipelineError: an entry of `target_modules` or `layers` matches nothing, or nothing is left to train.
@@ -89,7 +96,7 @@ def lora_config(
     given: dict[str, Any] = {"task_type": "CAUSAL_LM", "modules_to_save": opened or None, "revision": revision}
     if lora is None:
         return LoraConfig(**given, target_modules=DUMMY_TARGET_MODULES)
-    layers = [index for index in _layers(anatomy, lora) if anatomy.blocks[index] not in opened]
+    layers = [index for index in _layers(anatomy, lora) if anatomy.blocks[index] not in (*opened, *kept)]
     if not layers:
         raise PipelineError(
             "every block with LoRA is opened whole as well, so the adapter has no layer left",

@@ -15,7 +15,7 @@ from pipeline.model.base import BaseFiles
 from pipeline.model.device import Placement, available_memory
 from pipeline.plan.memory import Memory, memory_of
 from pipeline.plan.outline import outline
-from pipeline.plan.rhythm import Rows, largest_batch
+from pipeline.plan.rhythm import Length, Rows, largest_batch
 from pipeline.plan.trace import Batch
 from pipeline.training.arguments import dpo_config, sft_config
 
@@ -33,7 +33,7 @@ class Budget:
     experiment: Experiment | None = None
     files: BaseFiles | None = None
     placement: Placement | None = None
-    lengths: Sequence[tuple[int, int]] = ()
+    lengths: Sequence[Length] = ()
     free: int | None = None
     """Bytes, before anything was loaded."""
 
@@ -93,7 +93,7 @@ def settle_checkpointing(
     experiment: Experiment,
     files: BaseFiles,
     placement: Placement,
-    lengths: Sequence[tuple[int, int]],
+    lengths: Sequence[Length],
     say: Callable[[str], None],
     budget: Budget | None = None,
 ) -> _S:
@@ -106,7 +106,7 @@ def settle_checkpointing(
         experiment: the definition that it belongs to.
         files: the base.
         placement: where it will be trained; nothing has been loaded there yet.
-        lengths: of each training row, tokens of its (longest) sequence, and positions in the loss.
+        lengths: of each training row.
         say: tells the user, where it is on.
         budget: is told all of it.
     """
@@ -133,7 +133,7 @@ def needed(
     experiment: Experiment,
     files: BaseFiles,
     placement: Placement,
-    lengths: Sequence[tuple[int, int]],
+    lengths: Sequence[Length],
     *,
     checkpointing: bool,
 ) -> Memory:

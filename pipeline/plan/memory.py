@@ -11,6 +11,8 @@ from pipeline.model.device import Placement
 from pipeline.model.scope import REFERENCE
 from pipeline.plan.outline import Outline
 from pipeline.plan.trace import Batch, trace_step
+from pipeline.training.engine.padding_free import obstacle
+from pipeline.training.engine.shared_prompt import SharedPrompt
 
 _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of an NF4 weight: half a byte, a block's 8-bit scale for every 64, a float32 one for every 256 scales
@@ -24,9 +26,9 @@ _DPO_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device, at the worst moment of a step on TRL's own path.
+    """Bytes on the device, at the worst moment of a step, without padding and each prompt once, if the engine does so.
 
-    It is an upper bound: where the engine computes without padding and each prompt once, the blocks keep less.
+    A trial batch decides in training whether it does; where that fails, TRL's padded batches take more than this.
     """
 
     weights: int
@@ -43,6 +45,8 @@ class Memory:
     """What the forward pass keeps, and what the backward pass needs on top where that is more than the head does."""
     why_unknown: str | None = None
     """Why the last two are not known."""
+    without_padding: bool = False
+    """Whether the batch was counted so."""
 
     @property
     def total(self) -> int | None:
@@ -53,7 +57,7 @@ class Memory:
     def parts(self) -> dict[str, int | None]:
         """Bytes by part."""
         parts = asdict(self)
-        del parts["why_unknown"]
+        del parts["why_unknown"], parts["without_padding"]
         return parts
 
     @property
@@ -67,7 +71,7 @@ def memory_of(made: Outline, batch: Batch, args: Any, placement: Placement, *, d
 
     Args:
         made: the stage's policy.
-        batch: its largest batch.
+        batch: its largest batch, which is padded where the engine cannot do without.
         args: TRL's configuration of the stage.
         placement: device and precision.
         dpo: whether the stage is DPO.
@@ -90,24 +94,34 @@ def memory_of(made: Outline, batch: Batch, args: Any, placement: Placement, *, d
         from trl.trainer.utils import disable_dropout_in_model
 
         disable_dropout_in_model(made.policy)
-    try:
-        step = trace_step(
-            made.policy,
-            batch,
-            with_reference=dpo,
-            autocast=placement.dtype if placement.mixed else None,
-            checkpointing=(args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
-            outputs=_DPO_OUTPUTS if dpo else _SFT_OUTPUTS,
-            triton=placement.device.type == "cuda",
-        )
-    except Exception as error:  # whatever a model's code or PyTorch raises where values decide what is computed
-        name = type(made.policy.get_base_model()).__name__
-        why = f"a step of {name} cannot be followed without values: {' '.join(str(error).split())[:200]}"
-    else:
+    without_padding = bool(batch.rows) and _pads(made.policy, args, dpo=dpo) is None
+    for shape in (batch, batch.padded()) if without_padding else (batch.padded(),):
+        try:
+            step = trace_step(
+                made.policy,
+                shape,
+                autocast=placement.dtype if placement.mixed else None,
+                checkpointing=(args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
+                outputs=_DPO_OUTPUTS if dpo else _SFT_OUTPUTS,
+                triton=placement.device.type == "cuda",
+            )
+        except Exception as error:  # whatever a model's code or PyTorch raises where values decide what is computed
+            name = type(made.policy.get_base_model()).__name__
+            why = f"a step of {name} cannot be followed without values: {' '.join(str(error).split())[:200]}"
+            continue
+        why, without_padding = None, bool(shape.rows)
         logits = step.head
         # At the head and in the blocks' backward pass are two moments: the sum of both parts is the worse one.
         activations = max(step.saved, step.peak - step.head)
-    return Memory(weights, trained, trained, optimizer, reference, logits, activations, why)
+        break
+    return Memory(weights, trained, trained, optimizer, reference, logits, activations, why, without_padding)
+
+
+def _pads(policy: Any, args: Any, *, dpo: bool) -> str | None:
+    """Why the engine would leave batches as TRL makes them, as far as the model alone tells; None: nothing."""
+    if dpo:
+        return SharedPrompt(policy).refusal()
+    return obstacle(policy.get_base_model(), args)
 
 
 def _moments(parameter: nn.Parameter, optim: str) -> int:

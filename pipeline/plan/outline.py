@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment, Model
 from pipeline.model.adapter import within
 from pipeline.model.anatomy import anatomy_of
-from pipeline.model.base import _HUB_FILES, BaseFiles, _unloadable, find_base
+from pipeline.model.base import _HUB_FILES, BaseFiles, _unloadable, find_base, require_whole
 from pipeline.model.builtin import PREFIX
 from pipeline.model.policy import new_policy, stack
+from pipeline.model.precision import hold_in_float32
 from pipeline.model.scope import REFERENCE, lora_config, opened_modules
 from pipeline.runs.run import Stage
 
@@ -35,7 +35,7 @@ def find_config(model: Model, *, tokenizer: bool) -> BaseFiles:
     """
     folder = Path(model.id).expanduser()
     if (folder / "config.json").is_file():
-        return BaseFiles(model.id, folder, None, None)
+        return require_whole(BaseFiles(model.id, folder, None, None))
     if folder.exists() or model.id.startswith((PREFIX, ".", "~", "/")) or model.id.endswith(".gguf"):
         return find_base(model)
     from huggingface_hub import snapshot_download
@@ -46,7 +46,7 @@ def find_config(model: Model, *, tokenizer: bool) -> BaseFiles:
     except Exception:
         # Asked again for all of it, the hub refuses for the same reason, which is then told in training's words.
         return find_base(model)
-    return BaseFiles(model.id, folder, None, folder.name)
+    return require_whole(BaseFiles(model.id, folder, None, folder.name))
 
 
 def holds_tokenizer(files: BaseFiles) -> bool:
@@ -79,8 +79,6 @@ def outline(files: BaseFiles, experiment: Experiment, stage: Stage, dtype: torch
     with torch.device("meta"):
         base = _base(files, experiment.model, dtype)
         four_bits = _linear_weights(base) if experiment.model.quantize == "nf4" else {}
-        if stage == "dpo" and experiment.data.demonstrations is not None:
-            _require_opened_again(base, experiment)
         policy, opened = _policy(base, experiment, stage, files.revision)
         if stage == "dpo":
             policy.add_adapter(REFERENCE, policy.peft_config["default"])
@@ -89,18 +87,22 @@ def outline(files: BaseFiles, experiment: Experiment, stage: Stage, dtype: torch
 
 
 def _policy(base: Any, experiment: Experiment, stage: Stage, revision: str | None) -> tuple[Any, list[str]]:
-    """The PEFT model that `stage` trains, and the modules that it opens."""
+    """The PEFT model that `stage` trains, and the modules whose weights are held whole: what it or SFT opens."""
     lora, adapter = experiment.scope.lora, experiment.dpo.adapter
     unfreeze, pointer = experiment.unfreeze_of(stage)
-    if stage == "dpo" and adapter != "continue":
-        opened = opened_modules(anatomy_of(base), unfreeze, pointer)
-        before, where = experiment.unfreeze_of("sft")
+    before, where = experiment.unfreeze_of("sft")
+    anatomy = anatomy_of(base)
+    opened, kept = opened_modules(anatomy, unfreeze, pointer), []
+    if stage == "dpo" and experiment.data.demonstrations is not None:
+        kept = [name for name in opened_modules(anatomy, before, where) if name not in opened]
+    if stage == "dpo" and (kept or adapter != "continue"):
+        hold_in_float32(base, [*opened, *kept])
         sft = new_policy(base, lora_config(base, lora, before, revision, pointer=where))
-        return stack(sft, opened, unfreeze, adapter=adapter, lora=lora, pointer=pointer), opened
+        return stack(sft, opened, kept, unfreeze, adapter=adapter, lora=lora, pointer=pointer), [*opened, *kept]
     config = lora_config(base, lora, unfreeze, revision, pointer=pointer)
     if stage == "dpo":
         config.bias = "none"  # the biases that SFT trained hold still
-    return new_policy(base, config), config.modules_to_save or []
+    return new_policy(base, config), opened
 
 
 def _base(files: BaseFiles, model: Model, dtype: torch.dtype) -> Any:
@@ -132,22 +134,3 @@ def _linear_weights(base: Any) -> dict[str, torch.Tensor]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-
-
-def _require_opened_again(base: Any, experiment: Experiment) -> None:
-    """DPO opens at least what SFT opened, as `open_policy` demands of the adapter that SFT leaves.
-
-    Raises:
-        PipelineError: it does not.
-    """
-    anatomy = anatomy_of(base)
-    (sft, before), (dpo, pointer) = experiment.unfreeze_of("sft"), experiment.unfreeze_of("dpo")
-    again = opened_modules(anatomy, dpo, pointer)
-    left_shut = [name for name in opened_modules(anatomy, sft, before) if name not in again]
-    if left_shut:
-        raise PipelineError(
-            f"SFT would train {', '.join(left_shut[:3])}, which DPO would not open",
-            code="conflict",
-            pointer="/dpo/unfreeze",
-            mend="open in `dpo.unfreeze` at least what SFT opens",
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.model.scope import Trainable, trainable_of
 from pipeline.plan.fit import settle_checkpointing
 from pipeline.plan.memory import Memory, memory_of
 from pipeline.plan.outline import find_config, outline
-from pipeline.plan.rhythm import Rows, Steps, checkpoints_kept, count_rows, largest_batch, steps_of
+from pipeline.plan.rhythm import Rows, Steps, checkpoints_kept, count_rows, largest_batch, steps_of, unknown_length
 from pipeline.plan.speed import Speed, measured_speed
 from pipeline.plan.trace import Batch
 from pipeline.runs.run import Stage
@@ -42,6 +42,11 @@ class StagePlan:
     """Whether activations are computed again in the backward pass."""
     checkpoints: int | None
     speed: Speed | None
+
+    @property
+    def computed(self) -> Batch:
+        """The largest batch as it is computed."""
+        return self.batch if self.memory.without_padding else self.batch.padded()
 
     @property
     def tokens(self) -> int | None:
@@ -73,7 +78,13 @@ class StagePlan:
             "steps_per_epoch": self.steps.per_epoch,
             "epochs": self.steps.epochs,
             "tokens": self.tokens,
-            "largest_batch": asdict(self.batch),
+            "largest_batch": {
+                "sequences": self.batch.sequences,
+                "length": self.batch.length,
+                "positions": self.batch.positions,
+                "tokens": self.computed.tokens,
+            },
+            "padding": not self.memory.without_padding,
             "memory_bytes": memory.total,
             "memory": memory.parts(),
             "memory_why_unknown": memory.why_unknown,
@@ -153,7 +164,7 @@ def _plan_stage(
     made = outline(files, experiment, stage, placement.dtype)
     trainable = trainable_of(made.policy)
     rows = count_rows(experiment, stage, files)
-    unknown = (settings.max_length, settings.max_length * (2 if stage == "dpo" else 1))
+    unknown = unknown_length(settings.max_length, dpo=stage == "dpo")
     lengths = rows.lengths or (unknown,) * settings.per_device_train_batch_size
     settings = settle_checkpointing(settings, experiment, files, placement, lengths, say)
     args = _arguments(settings, experiment.seed, placement)

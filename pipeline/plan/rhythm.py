@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.data.check import CheckedRows, load_rows
 from pipeline.data.masks import IGNORED
@@ -16,7 +16,38 @@ from pipeline.model.base import BaseFiles, load_tokenizer
 from pipeline.plan.outline import holds_tokenizer
 from pipeline.plan.trace import Batch
 from pipeline.runs.run import Stage
+from pipeline.training.engine.joint import joint_sizes
 from pipeline.training.stage import say_counts
+
+
+class Length(NamedTuple):
+    """What a row takes."""
+
+    sequence: int
+    """Tokens of its (longest) sequence."""
+    positions: int
+    """Positions in the loss."""
+    parts: tuple[int, ...]
+    """What the engine computes of it: a demonstration's tokens; of a pair, those of `joint_sizes`."""
+
+
+def demonstration_length(row: dict[str, Any]) -> Length:
+    """Of a labelled demonstration."""
+    tokens = len(row["input_ids"])
+    return Length(tokens, sum(label != IGNORED for label in row["labels"]), (tokens,))
+
+
+def pair_length(prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]) -> Length:
+    """Of a tokenised preference."""
+    chosen, rejected = prompt_ids + chosen_ids, prompt_ids + rejected_ids
+    longest = max(len(chosen), len(rejected))
+    return Length(longest, len(chosen_ids) + len(rejected_ids), joint_sizes(chosen, rejected))
+
+
+def unknown_length(max_length: int, *, dpo: bool) -> Length:
+    """The most that a row can take: all of it in the loss, and nothing shared."""
+    sequences = 2 if dpo else 1
+    return Length(max_length, sequences * max_length, (0, max_length, max_length) if dpo else (max_length,))
 
 
 @dataclass(frozen=True)
@@ -30,8 +61,8 @@ class Rows:
     """Proven ones in the file."""
     counted: Counted | None = None
     """What tokenising does to them."""
-    lengths: tuple[tuple[int, int], ...] = ()
-    """Of each row that is used: tokens of its (longest) sequence, and positions in the loss."""
+    lengths: tuple[Length, ...] = ()
+    """Of each row that is used."""
 
     @property
     def used(self) -> int | None:
@@ -63,13 +94,10 @@ def count_rows(experiment: Experiment, stage: Stage, files: BaseFiles) -> Rows:
     tokenizer = load_tokenizer(files, experiment.model, experiment.tokenizer.chat_template)
     if stage == "sft":
         labelled, counted = label_demonstrations(tokenizer, rows, experiment.sft.max_length)
-        lengths = [(len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])) for row in labelled]
+        lengths = [demonstration_length(row) for row in labelled]
     else:
         pairs, counted = tokenize_preferences(tokenizer, rows, experiment.dpo.max_length)
-        lengths = [
-            (len(prompt) + max(len(chosen), len(rejected)), len(chosen) + len(rejected))
-            for prompt, chosen, rejected in pairs
-        ]
+        lengths = [pair_length(*pair) for pair in pairs]
     require_usable([counted], stage, experiment.data.on_invalid)
     account: list[str] = []
     say_counts(account.append, "train", counted, rows.set_aside + counted.set_aside)
@@ -79,6 +107,8 @@ def count_rows(experiment: Experiment, stage: Stage, files: BaseFiles) -> Rows:
 def largest_batch(rows: Rows, args: Any, *, dpo: bool) -> Batch:
     """The batch that takes the most memory; `max_length` stands in for lengths that are not known.
 
+    Without padding, it is the one of the rows with the most tokens.
+
     Args:
         rows: those that are trained on.
         args: TRL's configuration of the stage.
@@ -86,13 +116,12 @@ def largest_batch(rows: Rows, args: Any, *, dpo: bool) -> Batch:
     """
     count = min(args.train_batch_size, rows.used or args.train_batch_size)
     sequences = count * (2 if dpo else 1)
-    if rows.lengths:
-        longest = max(length for length, _ in rows.lengths)
-        positions = sum(sorted(positions for _, positions in rows.lengths)[-count:])
-    else:
-        longest, positions = args.max_length, sequences * args.max_length
+    lengths = rows.lengths or (unknown_length(args.max_length, dpo=dpo),) * count
+    longest = max(length.sequence for length in lengths)
+    positions = sum(sorted(length.positions for length in lengths)[-count:])
+    parts = sorted((length.parts for length in lengths), key=sum)[-count:]
     multiple = args.pad_to_multiple_of or 1
-    return Batch(sequences, math.ceil(longest / multiple) * multiple, positions)
+    return Batch(sequences, math.ceil(longest / multiple) * multiple, positions, tuple(parts))
 
 
 @dataclass(frozen=True)

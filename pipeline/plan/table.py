@@ -43,6 +43,9 @@ def _steps(stage: StagePlan) -> str:
 
 def _print_memory(stage: StagePlan, process: int | None, console: Console) -> None:
     memory, batch = stage.memory, stage.batch
+    without = "without padding" if memory.without_padding else "padded as TRL pads it"
+    if memory.without_padding and stage.stage == "dpo":
+        without += ", what two completions share only once"
     table = Table(title="memory", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -52,8 +55,8 @@ def _print_memory(stage: StagePlan, process: int | None, console: Console) -> No
     table.add_row("together", _size(memory.total))
     console.print(table)
     console.print(
-        f"at most, for the largest batch padded as TRL pads it: {batch.sequences} sequences of {batch.length:,} "
-        f"tokens, {batch.positions:,} in the loss"
+        f"for the largest batch, {batch.sequences} sequences of up to {batch.length:,} tokens: "
+        f"{stage.computed.tokens:,} tokens {without}, {batch.positions:,} in the loss"
         + ("" if stage.rows.lengths else " (the rows' lengths are not known: max_length stands in for them)"),
         highlight=False,
     )

@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+from pipeline.training.engine.attention import NAME
+from pipeline.training.engine.joint import Joint
+from pipeline.training.engine.padding_free import SEGMENTS, by_row, own_masks
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,18 @@ class Batch:
     """Tokens of its longest sequence, to which the others are padded."""
     positions: int
     """Positions in the loss, over all its sequences."""
+    rows: tuple[tuple[int, ...], ...] = ()
+    """As the engine computes it, without padding: of each demonstration its tokens; of each pair those that both
+    completions share, and those of each branch (`engine.joint`). Empty: it is padded."""
+
+    @property
+    def tokens(self) -> int:
+        """That the model runs on."""
+        return sum(sum(row) for row in self.rows) if self.rows else self.sequences * self.length
+
+    def padded(self) -> Batch:
+        """The same batch as TRL computes it."""
+        return replace(self, rows=())
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,6 @@ def trace_step(
     policy: Any,
     batch: Batch,
     *,
-    with_reference: bool,
     autocast: torch.dtype | None,
     checkpointing: dict[str, Any] | None,
     outputs: tuple[str, ...],
@@ -61,12 +76,11 @@ def trace_step(
     """Runs forward and backward of one batch without storage.
 
     The attention kernel is the CPU's choice, which like CUDA's keeps one number a row in place of the attention
-    matrix.
+    matrix. DPO's reference does not run in a step: its log-probabilities are computed before.
 
     Args:
         policy: a PEFT model on the meta device, in training mode; its weights are replaced.
         batch: its shape.
-        with_reference: runs DPO's reference as well, forward only, while the policy's activations are held.
         autocast: half precision of a step; None: there is no autocast.
         checkpointing: settings of gradient checkpointing as Transformers takes them; None: it is off.
         outputs: what TRL's head computes for each position.
@@ -81,19 +95,16 @@ def trace_step(
     if "flash" in str(causal_lm.config._attn_implementation):
         causal_lm.set_attn_implementation("sdpa")  # keeps the same, and runs without a GPU
 
-    def backbone() -> torch.Tensor:
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            states: torch.Tensor = causal_lm.base_model(
-                input_ids=ids, attention_mask=mask, use_cache=False
-            ).last_hidden_state
-        return states
-
-    with _quiet(), FakeTensorMode():
+    own = "eager" if causal_lm.config._attn_implementation == "eager" else "sdpa"
+    with _quiet(), own_masks(), _attention_for(causal_lm, batch), FakeTensorMode():
         _give_fake_storage(policy)
-        ids = torch.zeros(batch.sequences, batch.length, dtype=torch.long)
-        mask = torch.ones_like(ids)
-        with _LiveBytes([*policy.parameters(), *policy.buffers(), ids, mask]) as counted:
-            states = backbone()
+        inputs, source = _inputs(batch, own)
+        known = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        with _LiveBytes([*policy.parameters(), *policy.buffers(), *known, source]) as counted:
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                states: torch.Tensor = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+            if "joint" in inputs:
+                states = states[0].index_select(0, source).view(batch.sequences, batch.length, -1)
             saved = counted.live
             peaks = [counted.lap()]
             head = policy.get_output_embeddings()
@@ -102,12 +113,44 @@ def trace_step(
             else:
                 _head(states.detach(), head, batch.positions, autocast, outputs)
                 at_head = counted.lap() - saved
-            if with_reference:
-                with torch.no_grad():
-                    backbone()
             torch.autograd.backward(states, torch.zeros_like(states))
             peaks += [saved + at_head, counted.lap()]
     return StepBytes(saved, at_head, max(peaks))
+
+
+@contextmanager
+def _attention_for(causal_lm: Any, batch: Batch) -> Iterator[None]:
+    """Lets a model attend as the engine does to this batch: by row, by pair, or as it would by itself."""
+    if not batch.rows:
+        yield
+        return
+    name = SEGMENTS if len(batch.rows[0]) == 1 else NAME
+    configs = {id(module.config): module.config for module in causal_lm.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+def _inputs(batch: Batch, own: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """What the backbone is given, and where in a joint row each position of TRL's batch is computed."""
+    source = torch.zeros(batch.sequences * batch.length, dtype=torch.long)
+    if not batch.rows:
+        ids = torch.zeros(batch.sequences, batch.length, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, source
+    ids = torch.zeros(1, batch.tokens, dtype=torch.long)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
+    if len(batch.rows[0]) == 1:
+        return inputs | by_row([length for (length,) in batch.rows], own), source
+    sizes = [(shared, chosen, rejected) for shared, chosen, rejected in batch.rows]
+    repeated = torch.zeros(len(sizes), batch.length - 1, dtype=torch.bool)
+    joint = Joint(ids, inputs["position_ids"], sizes, source, repeated)
+    # Of four dimensions, as `SharedPrompt` gives it, so that the model makes no mask of its own.
+    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool), "joint": joint}, source
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

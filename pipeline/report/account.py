@@ -52,6 +52,9 @@ def _asked(experiment: Experiment, stages: set[str]) -> Iterator[Row]:
         yield "Held-out", f"{few} of {Path(evaluation.prompts).name}, up to {evaluation.max_new_tokens} new tokens"
     if asks:
         yield "An answer passes if it", "; ".join(asks)
+    if (tasks := evaluation.lm_eval) is not None:
+        rows = f"the first {tasks.limit:,} rows of " if tasks.limit else ""
+        yield "lm-eval", rows + ", ".join(tasks.tasks)
     yield "Seed", str(experiment.seed)
 
 

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import __version__
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.evaluation.harness import task_rows
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import read_comparison
 from pipeline.evaluation.verdict import better
@@ -94,6 +95,7 @@ def render(runs: Sequence[Run], root: Path) -> str:
         runs=shown,
         compared=compared,
         figures=None if compared is None else _figures(compared),
+        tasks=None if compared is None else task_rows(compared),
         verdict=None if compared is None else _verdict(compared),
         health=[(run.path.name, run.manifest.get("health")) for run in shown],
         experiments=[_experiment(run, {one.stage for one in chain}) for run, chain in zip(runs, chains, strict=True)],

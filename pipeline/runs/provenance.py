@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.redaction import hide
+
 _LIBRARIES = (
     "preference-pipeline",
     "torch",
@@ -25,8 +27,9 @@ _LIBRARIES = (
 
 
 def provenance(argv: list[str] | None = None) -> dict[str, Any]:
-    """`argv`, `git` and `versions` for the manifest."""
-    return {"argv": sys.argv if argv is None else argv, "git": _git(Path.cwd()), "versions": _versions()}
+    """`argv`, with no secret in it, `git` and `versions` for the manifest."""
+    given = sys.argv if argv is None else argv
+    return {"argv": [hide(argument) for argument in given], "git": _git(Path.cwd()), "versions": _versions()}
 
 
 def _versions() -> dict[str, str | None]:

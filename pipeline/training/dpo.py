@@ -19,21 +19,23 @@ from pipeline.data.tokens import Pair
 from pipeline.errors import PipelineError
 from pipeline.evaluation.preference import pair_logps
 from pipeline.experiment import Experiment
-from pipeline.model.adapter import attached, hashes_of, require_adapter, save_adapter
+from pipeline.model.adapter import attached, hashes_of, read_config, require_adapter, save_adapter
 from pipeline.model.base import load_base, template_sha256
 from pipeline.model.builtin import cache_directory
 from pipeline.model.device import give_memory_back
 from pipeline.model.ground import prepare_ground, quiet_libraries
-from pipeline.model.policy import open_policy
+from pipeline.model.policy import open_policy, require_stackable
 from pipeline.model.scope import trainable_of
 from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
+from pipeline.plan.rhythm import pair_length
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.tracking import require_tracking
 from pipeline.training.arguments import dpo_config
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.precision import multiplication
-from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
+from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
 from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
 from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
@@ -139,6 +141,10 @@ def _same_start(resumption: Resumption, experiment: Experiment, root: Path) -> t
 class _Trainer(Resumable, PairwiseEvaluation, PreferenceTrainer):
     """The engine's trainer, saved and resumed by the keeper, its evaluation kept pair by pair."""
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.write_reference()  # a resumed run has to find what this one has scored
+        super()._save_checkpoint(model, trial)
+
 
 def run_dpo(
     experiment: Experiment,
@@ -193,6 +199,7 @@ def _run_dpo(
         origin, sft_run = find_start(experiment, root, start)
     else:
         origin, sft_run = _same_start(resumption, experiment, root)
+    require_stackable(read_config(origin.folder), origin.folder, stage.adapter)
     console.print(f"start and reference: {origin.name}")
     aside = experiment.data.on_invalid == "set-aside"
     checked = {
@@ -226,7 +233,7 @@ def _run_dpo(
         experiment,
         ground.files,
         ground.placement,
-        [_sequence_and_positions(row) for row in datasets["train"]],
+        [pair_length(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in datasets["train"]],
         console.print,
         budget,
     )
@@ -257,7 +264,7 @@ def _run_dpo(
             resumption=resumption,
             budget=budget,
         ) as (run, tracker),
-        compact_head(),
+        compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
         console.print(products.words, highlight=False)
@@ -295,6 +302,7 @@ def _run_dpo(
         else:
             console.print(f"prompts are computed twice, as TRL does: {refusal}")
         run.update(engine={"products": products.words, "shared_prompt": refusal is None, "refusal": refusal})
+        join_products(policy, rounds=products.round_gradients)
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
         console.print(
@@ -309,19 +317,22 @@ def _run_dpo(
         key = reference_key(
             base_sha256=ground.base_sha256,
             adapter_sha256=f"{origin.hashes['sha256']} {origin.hashes['config_sha256']}",
-            precision=f"{weights_in}, {experiment.engine.precision} products".removeprefix("torch."),
+            precision=f"{weights_in}, {'rounded' if products.round else 'exact'} products".removeprefix("torch."),
             attention=policy.get_base_model().config._attn_implementation,
             ld_alpha=trainer.ld_alpha,
         )
         store = ReferenceStore(cache.folder_of("references"), key)
-        kept = precompute_reference(trainer, store, tolerance.start, console.print)
-        run.update(engine={**run.manifest["engine"], "trunk": trunk, "reference": {**kept, "key": key}})
+        kept = KeptReference(store, tolerance.start, console.print)
+        trainer.keep_reference(kept)
+        run.update(engine={**run.manifest["engine"], "trunk": trunk})
         trained_names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         weights = fingerprints(policy)
         budget.doing = "training"
         metrics = train(
             trainer, run, tracker, console, unfreeze, experiment, questions, places=places, resumption=resumption
         )
+        kept.write()
+        run.update(engine={**run.manifest["engine"], "reference": {**kept.account(), "key": key}})
         trainer.drop_trunk()
         after = score(trainer, batches)
         reference = {
@@ -393,11 +404,6 @@ def _evaluated_last(trainer: PreferenceTrainer) -> dict[str, float] | None:
 
 def _pair_length(row: dict[str, Any]) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def _sequence_and_positions(row: dict[str, Any]) -> tuple[int, int]:
-    chosen, rejected = len(row["chosen_ids"]), len(row["rejected_ids"])
-    return len(row["prompt_ids"]) + max(chosen, rejected), chosen + rejected
 
 
 def _is_plain_sigmoid(trainer: PreferenceTrainer) -> bool:

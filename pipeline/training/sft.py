@@ -10,7 +10,6 @@ from transformers import set_seed
 
 from pipeline.data.aside import write_set_aside
 from pipeline.data.check import load_rows
-from pipeline.data.masks import IGNORED
 from pipeline.data.tokenised import label_demonstrations, require_usable
 from pipeline.errors import PipelineError
 from pipeline.experiment import Experiment
@@ -20,11 +19,13 @@ from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.model.policy import new_policy
 from pipeline.model.scope import lora_config, trainable_of
 from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
+from pipeline.plan.rhythm import demonstration_length
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.tracking import require_tracking
 from pipeline.training.arguments import sft_config
 from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.keeper import Resumable
@@ -118,7 +119,7 @@ def _run_sft(
         experiment,
         ground.files,
         ground.placement,
-        [(len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])) for row in datasets["train"]],
+        [demonstration_length(row) for row in datasets["train"]],
         console.print,
         budget,
     )
@@ -140,7 +141,7 @@ def _run_sft(
             resumption=resumption,
             budget=budget,
         ) as (run, tracker),
-        compact_head(),
+        compact_head(ground.placement.device),
         multiplication(experiment.engine.precision, ground.placement.device) as products,
     ):
         console.print(products.words, highlight=False)
@@ -162,6 +163,7 @@ def _run_sft(
         )
         trainer.opened_learning_rate = unfreeze.learning_rate
         trainer.say = console.print
+        join_products(trainer.model, rounds=products.round_gradients)
         why_padded = leave_padding_out(trainer, rounds=products.round)
         if why_padded is not None:
             console.print(f"batches keep their padding: {why_padded}", highlight=False)

@@ -30,6 +30,7 @@ from pipeline.model.device import Placement
 from pipeline.model.ground import Ground, Say
 from pipeline.model.precision import as_it_trains
 from pipeline.model.scope import Trainable, is_opened
+from pipeline.redaction import hide
 from pipeline.runs.checkpoints import drop_newer
 from pipeline.runs.files import sweep, write_atomically
 from pipeline.runs.lock import locked
@@ -253,6 +254,7 @@ def begin(
         tracker = Mirrors()
         if is_first() and not dry_run:
             say(f"run: {run.path}")
+            earlier = run.manifest.get("wandb")
             wandb = start_tracker(
                 experiment.tracking.wandb,
                 experiment=experiment.name,
@@ -261,8 +263,11 @@ def begin(
                 folder=run.path,
                 config={"experiment": experiment.model_dump(mode="json"), "manifest": run.manifest},
                 say=say,
-                earlier=run.manifest.get("wandb"),
+                earlier=earlier,
+                step=0 if resumption is None else resumption.checkpoint.step,
             )
+            if earlier and earlier["id"] != wandb.id:
+                run.update(wandb_earlier=[*run.manifest.get("wandb_earlier", []), earlier])
             run.update(wandb=wandb.describe())
             tensorboard = [TensorBoard(run.path / "tensorboard")] if experiment.tracking.tensorboard else []
             tracker = Mirrors(wandb, *tensorboard)
@@ -472,7 +477,7 @@ def recorded(run: Run, budget: Budget | None = None) -> Iterator[None]:
     except Exception as error:
         failure = machine_failure(error, "" if budget is None else budget.figures(error))
         described = (
-            failure.as_dict() if failure else {"code": "internal", "message": f"{type(error).__name__}: {error}"}
+            failure.as_dict() if failure else {"code": "internal", "message": hide(f"{type(error).__name__}: {error}")}
         )
         with suppress(OSError):  # a full disk: then the manifest goes on saying `running`
             run.end("failed", error=described)

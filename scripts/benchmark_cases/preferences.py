@@ -108,12 +108,13 @@ def train_side(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOTrainer
 
-    from pipeline.model.device import place
+    from pipeline.model.device import place, reuse_memory
     from pipeline.model.ground import quiet_libraries
     from pipeline.training.arguments import dpo_config
     from pipeline.training.engine.head import compact_head
+    from pipeline.training.engine.linear import join_products
     from pipeline.training.engine.precision import multiplication
-    from pipeline.training.engine.reference import ReferenceStore, precompute_reference, reference_key
+    from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
     from pipeline.training.engine.trainer import TRIAL_PAIRS, PreferenceTrainer
 
     quiet_libraries()
@@ -136,27 +137,31 @@ def train_side(
     config.gradient_checkpointing = config.activation_checkpointing = side == "trl"
     config.precompute_ref_log_probs = side == "trl-tuned"
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    if side == "ours":
+        reuse_memory()
     policy = own() if side == "ours" else stock()
     began = time.perf_counter()
     with ExitStack() as stack:
         if side == "ours":
-            stack.enter_context(compact_head())
-            stack.enter_context(multiplication(precision, policy.device))
+            stack.enter_context(compact_head(policy.device))
+            products = stack.enter_context(multiplication(precision, policy.device))
             trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
             trainer.opened_learning_rate = opened_rate
             batch = trainer.data_collator([rows[at] for at in range(TRIAL_PAIRS)])
             refusal = trainer.share_prompts(batch)
             assert refusal is None, refusal
+            join_products(policy, rounds=products.round_gradients)
             print(trainer.keep_trunk("auto", batch, folder)[0])
             key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
-            precompute_reference(trainer, ReferenceStore(folder / f"references-{time.time_ns()}", key), 0.02, print)
+            store = ReferenceStore(folder / f"references-{time.time_ns()}", key)
+            trainer.keep_reference(KeptReference(store, 0.02, print))
         else:
             trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
         trainer.add_callback(Record())
         middle = time.perf_counter()
         trainer.train()
         end = time.perf_counter()
-    return {"seconds": {"reference": middle - began, "training": end - middle}, "steps": steps}
+    return {"seconds": {"preparation": middle - began, "training": end - middle}, "steps": steps}
 
 
 def work_of(pairs: list[dict[str, list[int]]], says: str, epochs: int, flops: float) -> Work:

@@ -47,12 +47,13 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
     from trl import SFTTrainer
 
     from pipeline.experiment import Lora, Sft, Unfreeze
-    from pipeline.model.device import place
+    from pipeline.model.device import place, reuse_memory
     from pipeline.model.ground import quiet_libraries
     from pipeline.model.scope import lora_config
     from pipeline.training.arguments import sft_config
     from pipeline.training.engine.demonstrations import DemonstrationTrainer
     from pipeline.training.engine.head import compact_head
+    from pipeline.training.engine.linear import join_products
     from pipeline.training.engine.padding_free import leave_padding_out
     from pipeline.training.engine.precision import multiplication
 
@@ -75,11 +76,13 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
     config = sft_config(stage, output=folder / side, seed=preferences.SEED, placement=placement, evaluates=False)
     config.gradient_checkpointing = config.activation_checkpointing = side == "trl"
     ours = side == "ours"
+    if ours:
+        reuse_memory()
     model = preferences.load_model()
     with ExitStack() as stack:
         if ours:
-            stack.enter_context(compact_head())
-            stack.enter_context(multiplication(precision, placement.device))  # type: ignore[arg-type]
+            stack.enter_context(compact_head(placement.device))
+            products = stack.enter_context(multiplication(precision, placement.device))  # type: ignore[arg-type]
         trainer = (DemonstrationTrainer if ours else SFTTrainer)(
             model=model,
             args=config,
@@ -91,7 +94,10 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
         began = time.perf_counter()
         if ours:
             trainer.opened_learning_rate = stage.learning_rate
+            join_products(trainer.model, rounds=products.round_gradients)
             reason = leave_padding_out(trainer)
             assert reason is None, reason
+        middle = time.perf_counter()
         trainer.train()
-        return {"seconds": {"training": time.perf_counter() - began}, "steps": steps}
+        seconds = {"preparation": middle - began, "training": time.perf_counter() - middle}
+        return {"seconds": seconds, "steps": steps}

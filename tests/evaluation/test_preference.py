@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.data.tokens import Completion, Pair, tokenize_pair
+from pipeline.evaluation import preference
 from pipeline.evaluation.preference import (
     completion_logps,
     pair_logps,
@@ -158,3 +159,49 @@ def test_perplexity_difference_is_paired() -> None:
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
         (factor * whole.value, factor * whole.high, factor * whole.low)
     )
+
+
+def test_the_head_is_given_whole_rows(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of each row would have PyTorch copy the head's weights for every row of the batch."""
+    whole: list[bool] = []
+    head = chat_model.get_output_embeddings()
+    stock = head.forward
+    monkeypatch.setattr(head, "forward", lambda given: (whole.append(given.is_contiguous()), stock(given))[1])
+    completion_logps(chat_model, [Completion([1, 2, 3], [4, 5]), Completion([6, 7, 8], [9, 1])])
+    assert whole == [True]
+    assert not head._forward_pre_hooks
+
+
+def test_a_prompt_is_computed_once_for_both_completions(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same log-probabilities as of each completion behind a prompt of its own, of fewer tokens."""
+    pairs = [
+        Pair([5, 6, 7], [8, 9], [8, 10, 11, 12]),
+        Pair(list(range(20, 50)), [2], [3]),
+        Pair([40, 41, 2, 2, 42], [2, 2], [7] * 9),  # pad tokens that are content
+        Pair([9], [4, 4, 4], []),
+    ]
+    each = [Completion(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    expected = completion_logps(chat_model, each, batch_size=1)
+    computed: list[int] = []
+    stock = chat_model.model.forward
+    monkeypatch.setattr(
+        chat_model.model, "forward", lambda **given: (computed.append(given["input_ids"].numel()), stock(**given))[1]
+    )
+    done: list[int] = []
+    for batch_size in (1, 4, 8):
+        chosen, rejected = pair_logps(
+            chat_model, pairs, batch_size=batch_size, share_prompts=True, progress=done.append
+        )
+        torch.testing.assert_close(torch.stack([chosen, rejected], dim=1).flatten(), expected, rtol=0, atol=1e-4)
+    assert done == [2, 2, 2, 2, 4, 4, 8]
+    # A pair at a time: the prompts once, and of both completions all but the last token, padded to the longer one.
+    assert sum(computed[:7]) == (30) + (5 + 2 * 8) + (3 + 2 * 3) + (1 + 2 * 2)
+
+
+def test_a_model_with_windows_scores_each_completion_behind_its_own_prompt(chat_model: Any) -> None:
+    pairs = [Pair([5, 6, 7], [8, 9], [10, 11])]
+    expected = pair_logps(chat_model, pairs)
+    chat_model.config.sliding_window = 4
+    assert not preference._remembers_keys_alone(chat_model)
+    shared = pair_logps(chat_model, pairs, share_prompts=True)
+    assert torch.equal(torch.stack(shared), torch.stack(expected))

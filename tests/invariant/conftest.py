@@ -51,11 +51,12 @@ def fourteen(tiny_data: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def settings(fourteen: dict[str, Path]) -> dict[str, Any]:
-    """Changes of the experiment: the fourteen rows, a rate that trains without chaos."""
+    """Changes of the experiment: the fourteen rows, a rate that trains without chaos, no rounded gradients."""
     rhythm = {"num_train_epochs": 3, "warmup_steps": 0, "eval_strategy": "no", "save_strategy": "no"}
     return {
         "data": {kind: {"train": str(path)} for kind, path in fourteen.items()},
         "scope": {"lora": {"r": 4, "lora_alpha": 8}},
+        "engine": {"precision": "exact"},
         "sft": {**rhythm, "learning_rate": 5.0e-3},
         "dpo": {**rhythm, "learning_rate": 2.0e-3},
     }

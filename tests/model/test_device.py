@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.model.device import Placement, place
+from pipeline.model.device import Placement, place, reuse_memory
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +106,24 @@ def test_each_process_of_a_launcher_takes_its_own_gpu(cuda: None, monkeypatch: p
     with pytest.raises(PipelineError, match="process 3 of its launcher, and the machine has 3 GPUs") as caught:
         place("cuda", "auto")
     assert caught.value.code == "no-such-device"
+
+
+def test_freed_memory_is_kept_by_glibc_alone_and_only_where_nobody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ctypes
+    from types import SimpleNamespace
+
+    set_to: dict[int, int] = {}
+    glibc = SimpleNamespace(mallopt=set_to.__setitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: glibc)
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    reuse_memory()
+    assert set_to == {-3: 32 * 2**20, -1: 2**31 - 1}
+    set_to.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    reuse_memory()
+    assert set_to == {}
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    reuse_memory()  # another C library

@@ -152,6 +152,48 @@ def test_an_sft_adapter_without_lora_goes_on(
         assert has_lora == (adapter == "new")
 
 
+@pytest.mark.parametrize("changes", [TIED, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+@pytest.mark.parametrize("adapter", ["continue", "new", "frozen"])
+def test_what_sft_opened_and_dpo_does_not_holds_still_and_is_saved_along(
+    make_model: Make, logits_of: Logits, tiny_tokenizer: Any, tmp_path: Path, changes: dict[str, Any], adapter: Any
+) -> None:
+    """SFT: LoRA on blocks 0 and 1; block 2, norm and head opened. DPO opens nothing, and puts no LoRA on block 2."""
+    base = make_model("llama", **changes)
+    sft = new_policy(base, lora_config(base, Lora(r=2), ALL))
+    train(sft)
+    expected = logits_of(sft.eval())
+    save_adapter(sft, tiny_tokenizer, tmp_path / "sft")
+    given: dict[str, Any] = {"adapter": adapter, "lora": Lora(r=3)}
+    policy = open_policy(make_model("llama", **changes), tmp_path / "sft", NOTHING, **given).eval()
+    assert (logits_of(policy) - expected).abs().max() < 1e-4
+    reference_of(policy)
+    train(policy)
+    trained = logits_of(policy)
+    names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert bool(names) == (adapter != "frozen")
+    assert all(".lora_" in name and ".layers.2." not in name for name in names)
+    policy.set_adapter("ref")
+    assert (logits_of(policy) - expected).abs().max() < 1e-4
+    policy.set_adapter("default")
+    save_adapter(policy, tiny_tokenizer, tmp_path / "saved")
+    reopened = PeftModel.from_pretrained(make_model("llama", **changes), tmp_path / "saved").eval()
+    assert (logits_of(reopened) - trained).abs().max() < 1e-4
+    kept = ("base_model.model.model.norm.weight", "base_model.model.lm_head.weight")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sft", "saved"))
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    # Once more on what this left: now the block is opened again.
+    again = open_policy(make_model("llama", **changes), tmp_path / "saved", ALL).eval()
+    assert (logits_of(again) - trained).abs().max() < 1e-4
+
+
+def test_a_part_of_a_block_that_dpo_does_not_open_is_refused(make_model: Make, write_adapter: Write) -> None:
+    folder, _ = write_adapter(make_model(), modules_to_save=["model.layers.2.mlp"])
+    with pytest.raises(PipelineError, match=r"trained model.layers.2.mlp, and only whole blocks") as caught:
+        open_policy(make_model(), folder, NOTHING)
+    assert caught.value.code == "conflict"
+    open_policy(make_model(), folder, Unfreeze(last_blocks=1))
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian", True])
 def test_an_adapter_of_any_start_is_saved_as_one_that_stock_peft_opens_on_the_base(
     make_model: Make, logits_of: Logits, tiny_tokenizer: Any, tmp_path: Path, init: Any
@@ -202,6 +244,7 @@ def test_a_dora_cannot_be_a_fixed_part(make_model: Make, write_adapter: Write) -
     with pytest.raises(PipelineError, match="use_dora") as caught:
         open_policy(make_model(), folder, ALL, adapter="frozen")
     assert (caught.value.code, caught.value.pointer) == ("unsupported-adapter", "/dpo/adapter")
+    assert caught.value.file == str(folder / "adapter_config.json")
 
 
 def test_a_rank_that_does_not_fit_the_weights_is_said(make_model: Make, write_adapter: Write) -> None:

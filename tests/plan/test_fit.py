@@ -14,6 +14,7 @@ from pipeline.experiment_file import load_experiment
 from pipeline.model.device import Placement, available_memory
 from pipeline.plan.fit import needed, settle_checkpointing
 from pipeline.plan.outline import find_config
+from pipeline.plan.rhythm import Length
 from pipeline.training.sft import run_sft
 
 CPU = Placement(torch.device("cpu"), torch.float32)
@@ -29,7 +30,8 @@ def settle(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         one = Experiment.model_validate({"name": "sized", "model": {"id": str(tiny_folder)}})
         said: list[str] = []
         files = find_config(one.model, tokenizer=False)
-        lengths = [(length, 50), (40, 20), (30, 30)]
+        sizes = ((length, 50), (40, 20), (30, 30))
+        lengths = [Length(one, loss, (10, one - 10, one - 10) if stage is Dpo else (one,)) for one, loss in sizes]
         return settle_checkpointing(settings, one, files, CPU, lengths, said.append).gradient_checkpointing, said
 
     return run
@@ -52,14 +54,14 @@ def test_longer_rows_need_it_sooner(settle: Any, tiny_folder: Path) -> None:
             Experiment.model_validate({"name": "sized", "model": {"id": str(tiny_folder)}}),
             find_config(Model(id=str(tiny_folder)), tokenizer=False),
             CPU,
-            [(length, 50), (40, 20)],
+            [Length(length, 50, (length,)), Length(40, 20, (40,))],
             checkpointing=False,
         ).total
         for length in (100, 1000)
     )
     assert short is not None
     assert long is not None
-    assert long > 3 * short
+    assert long > 1.6 * short
     free = round(1.5 * short / 0.85)
     assert settle(Sft, free, length=100)[0] is False
     assert settle(Sft, free, length=1000)[0] is True

@@ -163,16 +163,21 @@ def test_what_sft_left_is_a_fixed_part_where_dpo_does_not_train_it(tiny_folder: 
     assert trainable.groups["opened"] > 0
 
 
-def test_dpo_must_open_what_sft_opens(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("adapter", ["continue", "new"])
+def test_what_sft_opens_and_dpo_does_not_is_a_frozen_part(tiny_folder: Path, adapter: str) -> None:
+    """SFT opens the last block and the head; DPO the final norm. The tied head has become a matrix of its own."""
     sections = {
         "data": {"demonstrations": {"train": "rows.jsonl"}},
-        "sft": {"unfreeze": OPENED},
-        "dpo": {"unfreeze": {"last_blocks": 2}},
+        "sft": {"unfreeze": {"last_blocks": 1, "lm_head": True}},
+        "dpo": {"unfreeze": {"final_norm": True}, "adapter": adapter},
     }
-    with pytest.raises(PipelineError, match=r"SFT would train model\.norm, lm_head") as caught:
-        outlined(tiny_folder, "dpo", **sections)
-    assert (caught.value.code, caught.value.pointer) == ("conflict", "/dpo/unfreeze")
-    assert outlined(tiny_folder, "sft", **sections)
+    policy = outlined(tiny_folder, "dpo", **sections)
+    names = dict(policy.named_parameters())
+    own, tied = (names[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
+    assert own is not tied
+    trainable = trainable_of(policy)
+    assert trainable.groups == {"adapter": 3 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)), "opened": 32}
+    assert not any(p.requires_grad for name, p in names.items() if ".layers.3." in name or "lm_head" in name)
 
 
 def test_an_adapter_that_peft_refuses_is_an_error_of_the_scope(config_folder: Callable[..., Path]) -> None:

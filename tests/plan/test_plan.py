@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.errors import PipelineError
 from pipeline.experiment_file import load_experiment
+from pipeline.plan import memory as memory_module
 from pipeline.plan.plan import Plan, plan
 from pipeline.plan.table import print_plan
 from pipeline.runs.run import create_run
@@ -96,7 +97,7 @@ def test_without_data_the_printed_plan_says_what_is_not_known(planned: Callable[
     answer = made.as_dict()
     assert (answer["steps"], answer["tokens"]) == (None, None)
     assert answer["memory_bytes"] > 0
-    assert answer["largest_batch"] == {"sequences": 4, "length": 128, "positions": 4 * 128}
+    assert answer["largest_batch"] == {"sequences": 4, "length": 128, "positions": 4 * 128, "tokens": 4 * 128}
 
 
 def test_the_printed_plan_has_the_line_of_peft_and_every_part_of_the_memory(
@@ -117,12 +118,57 @@ def test_the_printed_plan_has_the_line_of_peft_and_every_part_of_the_memory(
 
 
 def test_checkpointing_and_a_smaller_batch_take_less(planned: Callable[..., Plan]) -> None:
-    plain = planned().as_dict()["memory"]
-    spared = planned(sft={"gradient_checkpointing": True}).as_dict()["memory"]
-    halved = planned(sft={"per_device_train_batch_size": 2}).as_dict()["memory"]
-    assert spared["activations"] < 0.7 * plain["activations"]
-    assert halved["activations"] == pytest.approx(plain["activations"] / 2, rel=0.1)
-    assert spared["weights"] == halved["weights"] == plain["weights"]
+    whole, spared, halved = (
+        planned(sft=changes).as_dict()
+        for changes in ({}, {"gradient_checkpointing": True}, {"per_device_train_batch_size": 2})
+    )
+    activations = [one["memory"]["activations"] for one in (whole, spared, halved)]
+    assert activations[1] < 0.7 * activations[0]
+    tokens = [one["largest_batch"]["tokens"] for one in (whole, halved)]
+    assert tokens[1] < 0.7 * tokens[0]
+    assert activations[2] == pytest.approx(activations[0] * tokens[1] / tokens[0], rel=0.1)
+    assert spared["memory"]["weights"] == halved["memory"]["weights"] == whole["memory"]["weights"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_padding_is_counted_where_the_engine_keeps_it(
+    planned: Callable[..., Plan], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that the engine cannot take apart; and a model that fails on its form, which TRL's way still counts."""
+    ours = planned().stages[stage]  # type: ignore[index]
+    assert ours.memory.without_padding
+    assert ours.computed.tokens < ours.batch.sequences * ours.batch.length
+    monkeypatch.setattr(memory_module, "_pads", lambda *_, **__: "it cannot")
+    theirs = planned().stages[stage]  # type: ignore[index]
+    assert not theirs.memory.without_padding
+    assert theirs.computed.tokens == theirs.batch.sequences * theirs.batch.length
+    assert (theirs.memory.total or 0) > 1.05 * (ours.memory.total or 0)
+    monkeypatch.undo()
+    trace = memory_module.trace_step
+
+    def fails_on_our_form(policy: Any, batch: Any, **how: Any) -> Any:
+        if batch.rows:
+            raise TypeError("unexpected keyword")
+        return trace(policy, batch, **how)
+
+    monkeypatch.setattr(memory_module, "trace_step", fails_on_our_form)
+    assert planned().stages[stage].memory == theirs.memory  # type: ignore[index]
+
+
+def test_a_model_whose_layers_hand_a_state_on_is_counted_as_trl_trains_it(
+    planned: Callable[..., Plan], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "vocab_size": len(tiny_tokenizer)}
+    Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads, **linear, **layers)).save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer.save_pretrained(tmp_path / "hybrid")
+    made = planned(model={"id": str(tmp_path / "hybrid"), "device": "cpu"})
+    assert [stage.memory.without_padding for stage in made.stages.values()] == [False, False]
+    assert made.as_dict()["padding"] is True
 
 
 def test_options_are_checked_first(planned: Callable[..., Plan]) -> None:
@@ -133,9 +179,7 @@ def test_options_are_checked_first(planned: Callable[..., Plan]) -> None:
 @pytest.mark.builtin_model
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_built_in_model_trains_in_the_planned_memory(stage: str, tmp_path: Path, console: Console) -> None:
-    """Stated tolerance, over three steps on the longest rows, libraries included: the plan counts TRL's padded batches,
-    so the peak is no higher than it says; and what the engine leaves out is less than half of it.
-    """
+    """Stated tolerance, over three steps on the longest rows, libraries included: 0.8 to 1.15 of what the plan says."""
     recipe = Path(__file__).parents[2] / "recipes/partial.yaml"
     changes = ["sft.per_device_train_batch_size=4", "dpo.per_device_train_batch_size=2", "dpo.unfreeze.last_blocks=2"]
     made = plan(load_experiment(recipe, changes).experiment, tmp_path, console)
@@ -151,4 +195,4 @@ def test_the_built_in_model_trains_in_the_planned_memory(stage: str, tmp_path: P
     peak = run(stage, "--dry-run")["peak_memory_bytes"]
     total = made.as_dict()["stages"][stage]["memory_bytes"]
     assert made.process_bytes is not None
-    assert 0.5 < peak / (total + made.process_bytes) < 1.0
+    assert 0.8 < peak / (total + made.process_bytes) < 1.15

@@ -14,7 +14,16 @@ from pipeline.data.tokenised import Counted
 from pipeline.errors import PipelineError
 from pipeline.experiment_file import load_experiment
 from pipeline.model.base import find_base
-from pipeline.plan.rhythm import Rows, Steps, checkpoints_kept, count_rows, largest_batch, steps_of
+from pipeline.plan.rhythm import (
+    Length,
+    Rows,
+    Steps,
+    checkpoints_kept,
+    count_rows,
+    largest_batch,
+    pair_length,
+    steps_of,
+)
 from pipeline.plan.trace import Batch
 
 
@@ -99,16 +108,25 @@ def test_without_rows_only_max_steps_tells_the_steps() -> None:
 
 
 def test_the_largest_batch_has_the_longest_row_and_the_most_positions() -> None:
-    rows = Rows((), "rows.jsonl", 4, Counted(used=4), ((10, 5), (31, 2), (12, 9), (8, 8)))
-    assert largest_batch(rows, settings(train_batch_size=2), dpo=False) == Batch(2, 31, 17)
-    assert largest_batch(rows, settings(train_batch_size=2), dpo=True) == Batch(4, 31, 17)
-    assert largest_batch(rows, settings(train_batch_size=9), dpo=False) == Batch(4, 31, 24)
-    assert largest_batch(rows, settings(train_batch_size=1, pad_to_multiple_of=8), dpo=False) == Batch(1, 32, 9)
+    sizes = ((10, 5), (31, 2), (12, 9), (8, 8))
+    rows = Rows((), "rows.jsonl", 4, Counted(used=4), tuple(Length(*size, (size[0],)) for size in sizes))
+    assert largest_batch(rows, settings(train_batch_size=2), dpo=False) == Batch(2, 31, 17, ((12,), (31,)))
+    assert largest_batch(rows, settings(train_batch_size=2), dpo=True).padded() == Batch(4, 31, 17)
+    everything = Batch(4, 31, 24, ((8,), (10,), (12,), (31,)))
+    assert largest_batch(rows, settings(train_batch_size=9), dpo=False) == everything
+    assert (everything.tokens, everything.padded().tokens) == (61, 124)
+    one = largest_batch(rows, settings(train_batch_size=1, pad_to_multiple_of=8), dpo=False)
+    assert one == Batch(1, 32, 9, ((31,),))
+
+
+def test_a_pair_takes_what_it_shares_once_and_its_last_tokens_not_at_all() -> None:
+    """A prompt of three tokens, then 7 9 and 7 8 8: the common 7 predicts two tokens, and stands in both branches."""
+    assert pair_length([1, 2, 3], [7, 9], [7, 8, 8]) == Length(6, 5, (3, 1, 2))
 
 
 def test_max_length_stands_in_for_lengths_that_are_not_known() -> None:
-    assert largest_batch(Rows(()), settings(), dpo=True) == Batch(8, 512, 8 * 512)
-    assert largest_batch(Rows((), "rows.jsonl", 3), settings(), dpo=False) == Batch(3, 512, 3 * 512)
+    assert largest_batch(Rows(()), settings(), dpo=True) == Batch(8, 512, 8 * 512, ((0, 512, 512),) * 4)
+    assert largest_batch(Rows((), "rows.jsonl", 3), settings(), dpo=False) == Batch(3, 512, 3 * 512, ((512,),) * 3)
 
 
 def test_demonstrations_are_counted_as_the_stage_counts_them(
@@ -118,10 +136,10 @@ def test_demonstrations_are_counted_as_the_stage_counts_them(
     rows = count_rows(one, "sft", find_base(one.model))
     conversations = [json.loads(line)["messages"] for line in tiny_data["demonstrations"].read_text().splitlines()]
     ids = [tiny_tokenizer.apply_chat_template(some, return_dict=True)["input_ids"] for some in conversations]
-    assert [length for length, _ in rows.lengths] == [len(some) for some in ids]
+    assert [length.sequence for length in rows.lengths] == [len(some) for some in ids]
     assert rows.counted is not None
     assert (rows.rows, rows.used, rows.counted.tokens) == (12, 12, sum(map(len, ids)))
-    assert rows.counted.loss_tokens == sum(positions for _, positions in rows.lengths)
+    assert rows.counted.loss_tokens == sum(length.positions for length in rows.lengths)
     assert "12 rows" in rows.account[0]
 
 
@@ -140,7 +158,10 @@ def test_a_pair_counts_its_longer_sequence_and_both_completions(
         tiny_tokenizer.apply_chat_template(first["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
     )
     chosen, rejected = length("chosen"), length("rejected")
-    assert rows.lengths[0] == (max(chosen, rejected), chosen + rejected - 2 * prompt)
+    assert rows.lengths[0][:2] == (max(chosen, rejected), chosen + rejected - 2 * prompt)
+    shared, *branches = rows.lengths[0].parts
+    assert shared >= prompt - 1
+    assert 2 * shared + sum(branches) == chosen + rejected - 2  # a sequence's last token predicts nothing
 
 
 def test_a_file_that_is_not_there_leaves_the_rows_unknown(write_experiment: Callable[..., Path]) -> None:

@@ -6,13 +6,26 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
 from pipeline.plan.trace import Batch, trace_step
+from pipeline.training.engine.joint import join
+from pipeline.training.engine.padding_free import _dispatch_rows, padding_free_collator
+from pipeline.training.engine.shared_prompt import SharedPrompt
 
 BATCH = Batch(sequences=4, length=96, positions=200)
+ROWS = ((96,), (40,), (60,), (20,))
+PAIRS = ((50, 45, 20), (30, 10, 40))
+"""Shared tokens and those of the branches, of sequences of 96 tokens at most: each ends in one more."""
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "vocab_size": 500,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 PLAIN: dict[str, Any] = {
-    "with_reference": False,
     "autocast": None,
     "checkpointing": None,
     "outputs": ("log_probs", "entropy", "is_top1"),
@@ -21,8 +34,7 @@ PLAIN: dict[str, Any] = {
 
 
 def llama(**changes: Any) -> Any:
-    values = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 500, **changes}
-    return LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **values)
+    return LlamaConfig(**{**SMALL, **changes})
 
 
 def policy_of(config: Any, device: str, dtype: torch.dtype = torch.float32, opened: Any = None) -> Any:
@@ -33,7 +45,7 @@ def policy_of(config: Any, device: str, dtype: torch.dtype = torch.float32, open
         return get_peft_model(AutoModelForCausalLM.from_config(config, dtype=dtype), lora).train()
 
 
-def bytes_kept(policy: Any, *, autocast: bool) -> int:
+def bytes_kept(policy: Any, step: Any, *, autocast: bool) -> int:
     """What the blocks' forward keeps for their backward, as autograd hands it over, weights aside."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
@@ -44,12 +56,39 @@ def bytes_kept(policy: Any, *, autocast: bool) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
         return tensor
 
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        step(policy)
+    return sum(size for size, _ in kept.values())
+
+
+def padded(policy: Any) -> None:
     mask = torch.ones(BATCH.sequences, BATCH.length, dtype=torch.long)
     mask[0, -5:] = 0
-    ids = torch.zeros_like(mask)
-    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        policy.get_base_model().base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return sum(size for size, _ in kept.values())
+    policy.get_base_model().base_model(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
+
+
+def by_row_in_training(policy: Any) -> None:
+    """As `leave_padding_out` switches the model, with TRL's own collator."""
+    _dispatch_rows(policy.get_base_model().base_model)
+    rows = [{"input_ids": [3] * length, "labels": [3] * length} for (length,) in ROWS]
+    batch = padding_free_collator(0)(rows)
+    del batch["labels"]
+    policy.get_base_model().base_model(**batch, use_cache=False)
+
+
+def joint_in_training(policy: Any) -> None:
+    """As `SharedPrompt` runs the backbone for TRL's batch."""
+    shared = SharedPrompt(policy)
+    shared.install()
+    # What is shared ends before the last common token; each sequence has one more token, that predicts nothing.
+    chosen, rejected = ([[1] * (pair[0] + 1) + [token] * pair[at] for pair in PAIRS] for token, at in ((2, 1), (3, 2)))
+    ids = torch.zeros(2 * len(PAIRS), max(map(len, chosen + rejected)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(chosen + rejected):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    joint = join(ids, mask)
+    assert joint.sizes == list(PAIRS)
+    shared._joint_encode(joint=joint, input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +137,27 @@ def test_what_is_kept_is_what_autograd_is_given(name: str, half: bool) -> None:
 
     traced = trace_step(make("meta"), BATCH, **{**PLAIN, "autocast": torch.bfloat16 if half else None})
     # The trace also holds what lives a little longer than autograd needs it: the mask, the last states.
-    assert traced.saved == pytest.approx(bytes_kept(make("cpu"), autocast=half), rel=0.05)
+    assert traced.saved == pytest.approx(bytes_kept(make("cpu"), padded, autocast=half), rel=0.05)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize(("rows", "step"), [(ROWS, by_row_in_training), (PAIRS, joint_in_training)])
+def test_what_the_engine_keeps_is_what_autograd_is_given(rows: Any, step: Any, window: int | None, half: bool) -> None:
+    """And that is less than of the padded batch; a sliding window takes masks."""
+    config = llama() if window is None else MistralConfig(**{**SMALL, "sliding_window": window})
+    dtype = torch.bfloat16 if half else torch.float32
+    batch = Batch(4, 96, 200, rows)
+    how = {**PLAIN, "autocast": dtype if half else None}
+    traced, plain = (trace_step(policy_of(config, "meta", dtype), one, **how) for one in (batch, batch.padded()))
+    assert traced.saved == pytest.approx(bytes_kept(policy_of(config, "cpu", dtype), step, autocast=half), rel=0.05)
+    assert traced.saved < 0.75 * plain.saved
+
+
+def test_no_mask_without_storage_is_left_behind() -> None:
+    config = MistralConfig(**{**SMALL, "sliding_window": 32})
+    trace_step(policy_of(config, "meta"), Batch(4, 96, 200, ROWS), **PLAIN)
+    by_row_in_training(policy_of(config, "cpu"))
 
 
 def test_checkpointing_keeps_the_input_of_each_block_and_works_in_one() -> None:
@@ -139,18 +198,6 @@ def test_on_triton_the_head_is_one_tile_of_half_precision() -> None:
     policy = policy_of(llama(), "meta", torch.bfloat16)
     step = trace_step(policy, BATCH, **{**PLAIN, "autocast": torch.bfloat16, "triton": True})
     assert step.head == 200 * 32_768 * 2 + 200 * 64 * (2 + 4) + 4 * 96 * 64 * 2
-
-
-def test_the_reference_works_beside_what_the_policy_keeps() -> None:
-    one_position = Batch(4, 96, 1)  # so that the head is not what takes the most
-    alone, both = (
-        trace_step(policy_of(llama(), "meta"), one_position, **{**PLAIN, "with_reference": reference})
-        for reference in (False, True)
-    )
-    assert both.saved == alone.saved
-    # One block's forward: gate, its activation, up and their product, `[4, 96, 160]` float32 each.
-    assert both.peak - both.saved == pytest.approx(4 * 4 * 96 * 160 * 4, rel=0.25)
-    assert both.peak > alone.peak
 
 
 def test_gradients_of_weights_are_not_part_of_the_step() -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from transformers import AutoModelForCausalLM
+from trl.kernels import chunked_logprob
 
+from pipeline.training.engine import head
 from pipeline.training.engine.head import compact_head
 
 
@@ -53,7 +55,7 @@ def test_only_positions_in_the_loss_are_projected_and_nothing_changes(
     model: Any, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, everywhere = projected(model, batch, monkeypatch)
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         compact, on_labels = projected(model, batch, monkeypatch)
     assert (everywhere, on_labels) == (2 * 19, 10)
     for name in ("log_probs", "entropy", "mean_logits"):
@@ -67,18 +69,23 @@ def test_gradients_are_the_same(model: Any, batch: dict[str, torch.Tensor]) -> N
         model(**batch, fused_lm_head=True).log_probs.sum().backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
+    # More positions than a tile holds.
+    batch = {name: tensor.repeat(16, 1) for name, tensor in batch.items()}
+    assert int((batch["labels"] != -100).sum()) > head._CPU_TOKENS
     plain = gradients()
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         compact = gradients()
     for name, gradient in plain.items():
-        assert torch.allclose(gradient, compact[name], atol=1e-4), name
+        assert torch.allclose(gradient, compact[name], rtol=1e-4, atol=1e-4), name
 
 
 def test_trl_is_as_it_was_afterwards() -> None:
-    before = trl_utils._use_triton
-    with compact_head():
+    before = trl_utils._use_triton, chunked_logprob.TOKEN_CHUNK_SIZE
+    with compact_head(torch.device("cuda")):
         assert trl_utils._use_triton(torch.device("cpu"))
-    assert trl_utils._use_triton is before
-    with suppress(KeyError), compact_head():
+        assert before[1] == chunked_logprob.TOKEN_CHUNK_SIZE
+    assert (trl_utils._use_triton, chunked_logprob.TOKEN_CHUNK_SIZE) == before
+    with suppress(KeyError), compact_head(torch.device("cpu")):
+        assert chunked_logprob.TOKEN_CHUNK_SIZE == head._CPU_TOKENS
         raise KeyError
-    assert trl_utils._use_triton is before
+    assert (trl_utils._use_triton, chunked_logprob.TOKEN_CHUNK_SIZE) == before

@@ -134,7 +134,7 @@ def step(trainer: Any, rows: Any) -> tuple[float, dict[str, torch.Tensor], dict[
     trainer._metrics["train"].clear()
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.current_gradient_accumulation_steps = 1
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(20))
         loss.backward()
     gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -1,7 +1,7 @@
 """Attention over a joint row, part by part: each pair's shared tokens, then each branch over them and itself.
 
-Every part goes through Transformers' own SDPA function. Nothing is computed for pairs of tokens in different rows or
-branches, where one call with a mask over the whole row would compute all of them. Sliding windows count positions.
+Nothing is computed for pairs of tokens in different rows or branches, where one call with a mask over the whole row
+would compute all of them. Sliding windows count positions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.training.engine.joint import Joint
+from pipeline.training.engine.short import attend
 
 NAME = "shared_prompt"
 
@@ -54,14 +55,12 @@ def joint_attention(
         first = 3 * pair
         if shared:
             mask = joint.mask(0, shared, window, query)
-            outputs.append(
-                sdpa_attention_forward(module, queries[first], keys[first], values[first], mask, **kwargs)[0]
-            )
+            outputs.append(attend(module, queries[first], keys[first], values[first], mask, **kwargs))
         for at, length in enumerate(branches, start=first + 1):
             if length:
                 seen = torch.cat((keys[first], keys[at]), dim=2), torch.cat((values[first], values[at]), dim=2)
                 mask = joint.mask(shared, length, window, query)
-                outputs.append(sdpa_attention_forward(module, queries[at], *seen, mask, **kwargs)[0])
+                outputs.append(attend(module, queries[at], *seen, mask, **kwargs))
     return torch.cat(outputs, dim=1), None
 
 

@@ -66,10 +66,10 @@ class Joint:
         return self._masks[key]
 
 
-def joint_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """How many tokens two rows of a pair take in a joint row."""
+def joint_sizes(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[int, int, int]:
+    """How many tokens of `shared`, `chosen` and `rejected` the two rows of a pair take in a joint row."""
     shared = max(common_prefix(chosen, rejected) - 1, 0)
-    return len(chosen) + len(rejected) - 2 - shared
+    return shared, len(chosen) - 1 - shared, len(rejected) - 1 - shared
 
 
 def join(input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_last: bool = False) -> Joint:
@@ -90,19 +90,20 @@ def join(input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_last: bo
     repeated = torch.zeros(count, length - 1, dtype=torch.bool)
     for pair in range(count):
         chosen, rejected = tokens[pair], tokens[count + pair]
-        shared = max(common_prefix(chosen, rejected) - 1, 0)
+        last = 1 if keep_last else 0
+        shared, *branches = joint_sizes(chosen, rejected)
+        branches = [branch + last for branch in branches]
         repeated[pair, :shared] = True
         start = len(ids)
         ids += chosen[:shared]
         positions += range(shared)
-        for row, sequence in ((pair, chosen), (count + pair, rejected)):
+        for row, sequence, size in zip((pair, count + pair), (chosen, rejected), branches, strict=True):
             source[row, :shared] = torch.arange(start, start + shared)
-            branch = sequence[shared : len(sequence) if keep_last else len(sequence) - 1]
+            branch = sequence[shared : shared + size]
             source[row, shared : shared + len(branch)] = torch.arange(len(ids), len(ids) + len(branch))
             ids += branch
             positions += range(shared, shared + len(branch))
-        last = 0 if keep_last else 1
-        sizes.append((shared, len(chosen) - last - shared, len(rejected) - last - shared))
+        sizes.append((shared, branches[0], branches[1]))
     device = input_ids.device
     return Joint(
         torch.tensor([ids], device=device),

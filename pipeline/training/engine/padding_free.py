@@ -13,14 +13,16 @@ batches, and so does every model whose log-probabilities on a trial batch differ
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from pipeline.training.engine.short import attend
 
 SEGMENTS = "pipeline_rows"
 """The name under which `attend_by_row` is registered with Transformers."""
@@ -57,24 +59,38 @@ def attend_by_row(
         `[1, T, heads, d]`, and no weights.
     """
     lengths: list[int] = kwargs.pop(_LENGTHS)
-    attend = _eager_of(module) if kwargs.pop(_ITSELF) == "eager" else sdpa_attention_forward
+    eager = kwargs.pop(_ITSELF) == "eager"
     assert attention_mask is None, "rows have lengths in place of a mask"
-    assert attend is not None, "eager attention without Transformers' function for it"
     window = kwargs.get("sliding_window")
-    parts = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    rows = [
-        attend(module, *part, _mask(attend, length, window, part[0]), **kwargs)[0]
-        for length, part in zip(lengths, parts, strict=True)
-    ]
+    parts: Any = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
+    run: Callable[..., torch.Tensor] = _attend_eagerly if eager else _attend
+    rows = [run(module, *part, length, window, **kwargs) for length, part in zip(lengths, parts, strict=True)]
     return torch.cat(rows, dim=1), None
 
 
-def _mask(attend: Callable[..., Any], length: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
-    """What a row's attention needs beside causality: its sliding window; eager attention needs causality, too."""
-    if attend is sdpa_attention_forward:
-        return None if window is None or length <= window else _allowed(length, window, query.device)
+def by_row(lengths: list[int], own: str) -> dict[str, Any]:
+    """What a model's forward takes for attention by row, where its attention is `SEGMENTS`.
+
+    Args:
+        lengths: of the rows.
+        own: the model's own attention, `sdpa` or `eager`.
+    """
+    return {_LENGTHS: lengths, _ITSELF: own}
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any) -> Any:
+    """One row by SDPA, which knows causality by itself."""
+    mask = None if window is None or length <= window else _allowed(length, window, query.device)
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+def _attend_eagerly(
+    module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any
+) -> Any:
+    """One row by the model's own eager attention, which takes everything from the mask."""
     allowed = _allowed(length, window or length, query.device)
-    return torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    return _eager_of(module)(module, query, key, value, mask, **kwargs)[0]
 
 
 @lru_cache(maxsize=16)
@@ -85,9 +101,10 @@ def _allowed(length: int, window: int, device: torch.device) -> torch.Tensor:
     return ((behind >= 0) & (behind < window))[None, None]
 
 
-def _eager_of(module: torch.nn.Module) -> Callable[..., Any] | None:
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
     """The eager attention beside a layer in its modelling file, which is Transformers' own convention."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
 
 
 def padding_free_collator(pad_token_id: int) -> DataCollatorForLanguageModeling:
@@ -107,7 +124,9 @@ def leave_padding_out(trainer: Any, *, rounds: bool = False) -> str | None:
     Returns:
         Why padding stays; None where it is gone.
     """
-    reason = _obstacle(trainer)
+    reason = obstacle(_base_model(trainer), trainer.args)
+    if reason is None and len(trainer.train_dataset) < 2:
+        reason = "there is but one row"
     if reason is not None:
         return reason
     model = _base_model(trainer)
@@ -134,9 +153,13 @@ def _base_model(trainer: Any) -> Any:
     return trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
 
 
-def _obstacle(trainer: Any) -> str | None:
-    """Why a model or its settings need padding, as far as can be told without running it."""
-    model, args = _base_model(trainer), trainer.args
+def obstacle(model: Any, args: Any) -> str | None:
+    """Why a model or its settings need padding, as far as can be told without running it.
+
+    Args:
+        model: the causal language model itself.
+        args: TRL's configuration.
+    """
     config = model.config
     implementation = config._attn_implementation
     other = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
@@ -152,9 +175,17 @@ def _obstacle(trainer: Any) -> str | None:
         return "`neftune_noise_alpha` scales its noise by the padded length"
     if args.pad_to_multiple_of:
         return "`pad_to_multiple_of` asks for it"
-    if len(trainer.train_dataset) < 2:
-        return "there is but one row"
     return None
+
+
+@contextmanager
+def own_masks() -> Iterator[None]:
+    """While open, no mask is taken from before, and none that is made stays: those of a trace have no storage."""
+    _allowed.cache_clear()
+    try:
+        yield
+    finally:
+        _allowed.cache_clear()
 
 
 def _dispatch_rows(backbone: Any) -> Callable[[], None]:
@@ -165,7 +196,6 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
     Returns:
         What takes this back.
     """
-    AttentionInterface.register(SEGMENTS, attend_by_row)
     # A block that PEFT copied for an adapter has a configuration of its own.
     found = [module.config for module in backbone.modules() if hasattr(module, "config")]
     configs = list({id(config): config for config in found}.values())
@@ -180,7 +210,7 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
         if boundaries is not None:
             for key in ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
                 kwargs.pop(key, None)
-            kwargs |= {_LENGTHS: boundaries.diff().tolist(), _ITSELF: own}
+            kwargs |= by_row(boundaries.diff().tolist(), own)
         use(own if boundaries is None else SEGMENTS)
         return args, kwargs
 
@@ -219,3 +249,6 @@ def _logps(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
         output = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
     logps: torch.Tensor = output.log_probs[output.label_mask]
     return logps.float()
+
+
+AttentionInterface.register(SEGMENTS, attend_by_row)

@@ -1,8 +1,11 @@
 """How float32 matrices are multiplied: as exactly as float32 goes, or faster where the curve stays the same.
 
 On an x86 processor PyTorch multiplies float32 matrices with MKL, unless oneDNN is allowed bfloat16. On a processor
-without AMX oneDNN then goes on in float32 all the same, and on AMD's it is twice as fast as MKL; with AMX it rounds.
-So `exact` measures which of the two this processor does, and takes oneDNN where no bit is given away.
+without AMX oneDNN then goes on in float32 all the same, and on AMD's it is faster than MKL; with AMX it rounds. So
+each processor is measured, and oneDNN taken where no bit is given away.
+
+`fast` rounds nothing that the loss is read from: on a CPU only the factors of gradients (`linear.py`), where the
+processor multiplies bfloat16 by itself. Rounding the forward pass as well moved losses by 0.01 and more.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from typing import Any, Literal
 
 import torch
 
-Precision = Literal["exact", "fast"]
+Precision = Literal["auto", "exact", "fast"]
 _FLOAT32_ERROR = 2e-6
 """Relative error (root mean square) of a float32 product of this size is 3e-7; of bfloat16 2e-3, of TF32 3e-4."""
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names of the instructions that multiply bfloat16, on x86 and ARM, in `torch.cpu.get_capabilities`."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,14 @@ class Products:
     words: str
     """For a person."""
     round: bool
-    """Whether the factors are rounded to fewer bits than float32 has."""
+    """Whether the factors of every product are rounded to fewer bits than float32 has."""
+    round_gradients: bool = False
+    """Whether those of gradients are, in bfloat16."""
 
 
 @contextmanager
 def multiplication(precision: Precision, device: torch.device) -> Iterator[Products]:
-    """While open, float32 matrices are multiplied as `precision` says."""
+    """While open, float32 matrices are multiplied as `precision` says; `auto` is `fast` on a CPU, else `exact`."""
     backends: Any = torch.backends
     backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     before = backend.fp32_precision
@@ -42,21 +49,31 @@ def multiplication(precision: Precision, device: torch.device) -> Iterator[Produ
 
 
 def _choose(backend: Any, precision: Precision, device: torch.device) -> Products:
-    plain = Products("float32 products in float32", round=False)
-    backends: Any = torch.backends
+    words = "float32 products in float32"
     if device.type == "cuda":
         backend.fp32_precision = "tf32" if precision == "fast" else "ieee"
-        return Products("float32 products in TF32", round=True) if precision == "fast" else plain
-    if device.type != "cpu" or not backends.mkldnn.is_available():
-        return plain
-    backend.fp32_precision = "bf16"
-    error = product_error()
-    if error <= _FLOAT32_ERROR:
-        return Products(f"float32 products in float32 by oneDNN (relative error {error:.0e})", round=False)
-    if precision == "fast":
-        return Products(f"float32 products in bfloat16 by oneDNN (relative error {error:.0e})", round=True)
-    backend.fp32_precision = "ieee"
-    return plain
+        fast = precision == "fast"
+        return Products("float32 products in TF32", round=True) if fast else Products(words, round=False)
+    if device.type != "cpu":
+        return Products(words, round=False)
+    backends: Any = torch.backends
+    if backends.mkldnn.is_available():
+        backend.fp32_precision = "bf16"
+        error = product_error()
+        if error <= _FLOAT32_ERROR:
+            words += f" by oneDNN (relative error {error:.0e})"
+        else:
+            backend.fp32_precision = "ieee"
+    rounds = precision != "exact" and has_bfloat16()
+    return Products(
+        f"{words}; those of gradients in bfloat16" if rounds else words, round=False, round_gradients=rounds
+    )
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in _BFLOAT16)
 
 
 def product_error() -> float:

@@ -1,4 +1,4 @@
-"""The frozen reference's log-probabilities, computed once and kept on the disk.
+"""The frozen reference's log-probabilities, computed once, when first asked for, and kept on the disk.
 
 What they depend on is the key of a folder: base weights, adapter weights, precision, attention path and library
 versions. In it, a row is found by the digest of its token ids, so that runs share what they have in common whatever
@@ -13,7 +13,6 @@ from __future__ import annotations
 import array
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +31,14 @@ LIBRARIES = ("torch", "transformers", "peft", "trl")
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SAMPLE = 4
-_SAVED_EVERY = 4096
-"""Rows in one file: what an interrupted run has scored by then is kept."""
+"""Rows kept from before that are scored again before the others are believed."""
+_WRITTEN_AT_LEAST = 64
+"""Rows in one file, but for the last before a checkpoint."""
 
 Logps = dict[bytes, tuple[float, float]]
 """Log-probabilities of chosen and rejected, in nats, by the digest of their row."""
+Score = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Scores a batch under the reference in memory: `[B]` nats of the chosen, and of the rejected."""
 
 
 def reference_key(
@@ -120,99 +122,98 @@ class ReferenceStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def precompute_reference(
-    trainer: Any, store: ReferenceStore, tolerance: float, say: Callable[[str], None]
-) -> dict[str, int]:
-    """Puts the reference's log-probabilities beside every row of the trainer, as TRL's precomputed columns.
+class KeptReference:
+    """Log-probabilities of the reference: found, or scored in the step that first asks for them, and then kept.
 
     Args:
-        trainer: a DPOTrainer whose datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        store: what is kept of this reference.
+        store: what is kept of this reference from before.
         tolerance: how far a row scored again may be from what was kept, in nats.
         say: tells the user one line.
-
-    Returns:
-        How many distinct rows were `scored` and how many `found`.
     """
-    datasets = {name: getattr(trainer, name) for name in ("train_dataset", "eval_dataset")}
-    digests = {name: [row_digest(row) for row in data] for name, data in datasets.items() if data is not None}
-    rows = {digest: row for name, some in digests.items() for digest, row in zip(some, datasets[name], strict=True)}
-    # Each process looks after its share, and the shares are put together.
-    process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    mine = dict(list(rows.items())[process::processes])
-    kept = store.read()
-    found = {digest: kept[digest] for digest in mine if digest in kept}
-    apart = _apart(trainer, mine, found)
-    if not apart <= tolerance:
-        say(f"reference: what was kept is {apart:.3g} nats off when scored again, and is thrown away")
-        store.drop()
-        found = {}
-    missing = {digest: row for digest, row in mine.items() if digest not in found}
-    if len(rows) > len(found):
-        say(f"reference: scoring {len(missing):,} pairs, {len(found):,} are kept from before")
-    try:
-        scored = _score_and_keep(trainer, missing, store)
-    except (OSError, SafetensorError) as error:
-        say(f"reference: cannot be kept in {store.folder}: {error}")
-        scored = _scored(trainer, missing)
-    everything: Logps = {}
-    account = {"scored": 0, "found": 0}
-    for share, anew in _gathered(trainer, ({**found, **scored}, len(missing))):
-        everything.update(share)
-        account["scored"] += anew
-        account["found"] += len(share) - anew
-    for name, some in digests.items():
-        data = datasets[name]
-        for at, column in enumerate(COLUMNS):
-            data = data.add_column(column, [everything[digest][at] for digest in some])
-        setattr(trainer, name, data)
-    trainer.precompute_ref_logps = True
-    return account
+
+    def __init__(self, store: ReferenceStore, tolerance: float, say: Callable[[str], None]) -> None:
+        self._store = store
+        self._tolerance = tolerance
+        self._say = say
+        self._before = store.read()
+        self._unconfirmed = _SAMPLE
+        self._used: set[bytes] = set()
+        self._new: Logps = {}
+        self._unwritten: Logps = {}
+        if self._before:
+            say(f"reference: {len(self._before):,} pairs are kept from before")
+
+    def logps(self, batch: Mapping[str, torch.Tensor], score: Score) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's sums over the completions of a batch.
+
+        Args:
+            batch: TRL's.
+            score: scores all of it.
+
+        Returns:
+            Those of the chosen and of the rejected completions, `[B]` float32 nats each.
+        """
+        digests = _digests(batch)
+        old = [digest for digest in digests if digest in self._before]
+        if any(digest not in self._before and digest not in self._new for digest in digests) or (
+            old and self._unconfirmed > 0
+        ):
+            chosen, rejected = score()
+            values = zip(chosen.tolist(), rejected.tolist(), strict=True)
+            self._take(dict(zip(digests, values, strict=True)), old)
+        known = [self._before.get(digest) or self._new[digest] for digest in digests]
+        self._used.update(digest for digest in digests if digest in self._before)
+        chosen, rejected = torch.tensor(known, device=batch["input_ids"].device).unbind(dim=1)
+        return chosen, rejected
+
+    def _take(self, scored: Logps, old: Sequence[bytes]) -> None:
+        """Holds what was kept against what was scored, and adds what is new."""
+        pairs = [(scored[digest], self._before[digest]) for digest in old]
+        apart = max((abs(one - other) for pair in pairs for one, other in zip(*pair, strict=True)), default=0.0)
+        self._unconfirmed -= len(old)
+        if not apart <= self._tolerance:
+            self._say(f"reference: what was kept is {apart:.3g} nats off when scored again, and is thrown away")
+            self._store.drop()
+            self._before, self._used = {}, set()
+            self._unwritten = dict(self._new)
+        fresh = {
+            digest: values
+            for digest, values in scored.items()
+            if digest not in self._before and digest not in self._new
+        }
+        self._new |= fresh
+        self._unwritten |= fresh
+        # Files that grow with what there is: few files for many rows, and a killed run loses little.
+        if len(self._unwritten) >= max(_WRITTEN_AT_LEAST, len(self._new) // 8):
+            self.write()
+
+    def write(self) -> None:
+        """Brings what is new to the disk: before a checkpoint, so that a resumed run reads the same numbers."""
+        if not self._unwritten:
+            return
+        try:
+            self._store.write(self._unwritten)
+        except (OSError, SafetensorError) as error:
+            self._say(f"reference: cannot be kept in {self._store.folder}: {error}")
+        self._unwritten = {}
+
+    def account(self) -> dict[str, int]:
+        """How many distinct rows were `scored` and how many `found`, in this process."""
+        return {"scored": len(self._new), "found": len(self._used)}
 
 
-def _apart(trainer: Any, rows: Mapping[bytes, Any], found: Logps) -> float:
-    """The largest difference of a few rows scored again, in nats."""
-    sample = list(found)[:: max(math.ceil(len(found) / _SAMPLE), 1)]
-    again = _scored(trainer, {digest: rows[digest] for digest in sample})
-    return max(
-        (abs(one - other) for digest in sample for one, other in zip(again[digest], found[digest], strict=True)),
-        default=0.0,
-    )
-
-
-def _score_and_keep(trainer: Any, rows: Mapping[bytes, Any], store: ReferenceStore) -> Logps:
-    scored: Logps = {}
-    digests = list(rows)
-    for at in range(0, len(digests), _SAVED_EVERY):
-        part = _scored(trainer, {digest: rows[digest] for digest in digests[at : at + _SAVED_EVERY]})
-        store.write(part)
-        scored.update(part)
-    return scored
-
-
-def _scored(trainer: Any, rows: Mapping[bytes, Any]) -> Logps:
-    """The rows under the reference in memory, rows of a length together."""
-    size = trainer.args.per_device_eval_batch_size
-    order = sorted(
-        rows, key=lambda digest: -sum(len(rows[digest][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    )
-    scored: Logps = {}
-    was_training = trainer.model.training
-    trainer.model.eval()
-    try:
-        for at in range(0, len(order), size):
-            digests = order[at : at + size]
-            batch = trainer._prepare_inputs(trainer.data_collator([rows[digest] for digest in digests]))
-            chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
-            scored.update(zip(digests, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
-    finally:
-        trainer.model.train(was_training)
-    return scored
-
-
-def _gathered(trainer: Any, mine: tuple[Logps, int]) -> Sequence[tuple[Logps, int]]:
-    if trainer.accelerator.num_processes == 1:
-        return [mine]
-    shares: list[Any] = [None] * trainer.accelerator.num_processes
-    torch.distributed.all_gather_object(shares, mine)
-    return shares
+def _digests(batch: Mapping[str, torch.Tensor]) -> list[bytes]:
+    """`row_digest` of each pair of TRL's batch."""
+    names = ("input_ids", "attention_mask", "completion_mask")
+    rows = [
+        [
+            [token for token, used, completion in zip(*row, strict=True) if used and completion == part]
+            for part in (0, 1)
+        ]
+        for row in zip(*(batch[name].tolist() for name in names), strict=True)
+    ]
+    half = len(rows) // 2
+    return [
+        row_digest({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        for (prompt, chosen), (_, rejected) in zip(rows[:half], rows[half:], strict=True)
+    ]

@@ -11,8 +11,9 @@ import torch
 from trl import DPOTrainer
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.training.engine.joint import joint_length
-from pipeline.training.engine.micro_batches import MicroBatches
+from pipeline.training.engine.joint import joint_sizes
+from pipeline.training.engine.micro_batches import ROWS, MicroBatches
+from pipeline.training.engine.reference import COLUMNS, KeptReference
 from pipeline.training.engine.shared_prompt import SharedPrompt
 from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
 from pipeline.training.stage import split_learning_rates
@@ -33,11 +34,16 @@ def held(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def _without_rows(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != ROWS}
+
+
 class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on pairs that come tokenised, with a learning rate of their own for opened weights."""
 
     opened_learning_rate: float
     mean_over_rows = True
+    _kept: KeptReference
     _shared: SharedPrompt
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
@@ -49,10 +55,25 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
         optimizer = super().create_optimizer(model)
         return split_learning_rates(optimizer, self.model, self.opened_learning_rate)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; what trains is afterwards what trained before: PEFT opens a frozen adapter that it switches to."""
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's, with what is kept of the reference in the place of TRL's precomputed columns.
+
+        What trains is afterwards what trained before: PEFT opens a frozen adapter that it switches to.
+        """
         with held(self.model):
-            return super().compute_loss(*args, **kwargs)
+            if self.precompute_ref_logps:
+                logps = self._kept.logps(inputs, lambda: self.compute_ref_log_probs(model, _without_rows(inputs)))
+                inputs = {**inputs, **dict(zip(COLUMNS, logps, strict=True))}
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def keep_reference(self, kept: KeptReference) -> None:
+        """Takes the reference's log-probabilities from what is kept, instead of scoring it in every step."""
+        self._kept = kept
+        self.precompute_ref_logps = True
+
+    def write_reference(self) -> None:
+        """Brings what was scored of the reference to the disk."""
+        self._kept.write()
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """TRL's, and the same."""
@@ -132,4 +153,4 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
             if data is not None
             for row in data
         }
-        return sum(joint_length(chosen, rejected) for chosen, rejected in rows)
+        return sum(sum(joint_sizes(chosen, rejected)) for chosen, rejected in rows)

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -48,6 +47,13 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BARS[round((mean - lowest) / spread * (len(BARS) - 1))] for mean in means)
 
 
+def progress_bar(done: int, total: int, width: int, *, ascii_only: bool = False) -> Text:
+    """A bar `width` long, whose done part can be told from the rest without colours as well."""
+    full = min(width * done // max(total, 1), width)
+    more, less = ("#", "-") if ascii_only else ("━", "─")
+    return Text.assemble((more * full, "bar.complete"), (less * (width - full), "bar.back"), no_wrap=True)
+
+
 @dataclass
 class Status:
     """What the panel shows; it draws itself to the width that it is given."""
@@ -75,18 +81,21 @@ class Status:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width - _FRAME
-        parts: list[Table | Text] = [self._progress(width), *self._rows(width, bars=not options.ascii_only)]
-        parts += [Text(line, overflow="fold") for line in (self._speed(), self._health()) if line]
+        parts: list[Table | Text] = [
+            self._progress(width, options.ascii_only),
+            *self._rows(width, bars=not options.ascii_only),
+        ]
+        # `no_wrap` is said, since the command's console would not wrap.
+        parts += [Text(line, overflow="fold", no_wrap=False) for line in (self._speed(), self._health()) if line]
         yield Panel(Group(*parts), title=self.stage, title_align="left")
 
-    def _progress(self, width: int) -> Table:
+    def _progress(self, width: int, ascii_only: bool) -> Table:
         left = "" if self.left is None else f"left {_clock(self.left)}"
         words = [f"step {self.step}/{self.steps}", _clock(self.elapsed), self.doing or left]
         grid = Table.grid(padding=(0, 2, 0, 0))
         used = sum(len(word) + 2 for word in words)
         if width - used >= _SHORTEST_CURVE:
-            bar = ProgressBar(total=max(self.steps, 1), completed=self.step, width=width - used)
-            grid.add_row(words[0], bar, *words[1:])
+            grid.add_row(words[0], progress_bar(self.step, self.steps, width - used, ascii_only=ascii_only), *words[1:])
         else:
             grid.add_row("  ".join(word for word in words if word))
         return grid

@@ -57,7 +57,8 @@ class Screen(TrainerCallback):  # type: ignore[misc]
         """Tells a health finding, and keeps its code in view."""
         self._status.health.append(finding.code)
         told = f"health: {finding.code} at step {finding.step}: {finding.message}\n  {finding.mend}"
-        self._console.print(told, highlight=False, markup=False)  # a mend may have brackets of its own
+        # Cut at words where the width is a person's; a mend may have brackets of its own.
+        self._console.print(told, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shows the panel."""

@@ -23,17 +23,27 @@ def test_the_setting_is_put_back() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-def test_a_processor_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with AMX: the product has bfloat16's error once oneDNN is allowed it."""
+@pytest.mark.parametrize("setting", ["exact", "fast"])
+def test_a_processor_that_rounds_is_found_out(setting: precision.Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with AMX: the product has bfloat16's error once oneDNN is allowed it. No setting takes that for the loss."""
     monkeypatch.setattr(precision, "product_error", lambda: 2e-3)
-    with multiplication("exact", CPU) as products:
+    with multiplication(setting, CPU) as products:
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-    assert "in float32" in products.words
+    assert products.words.startswith("float32 products in float32")
     assert not products.round
-    with multiplication("fast", CPU) as products:
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    assert "in bfloat16" in products.words
-    assert products.round
+
+
+@pytest.mark.parametrize(("setting", "rounds"), [("exact", False), ("fast", True), ("auto", True)])
+def test_gradients_are_rounded_where_the_processor_multiplies_bfloat16(
+    setting: precision.Precision, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    with multiplication(setting, CPU) as products:
+        assert products.round_gradients == rounds
+        assert ("gradients in bfloat16" in products.words) == rounds
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with multiplication(setting, CPU) as products:
+        assert not products.round_gradients
 
 
 def test_the_error_is_that_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,13 +93,13 @@ def test_rhythm_and_batches_do_not_matter_but_what_is_cut_does(trained: Callable
 
 
 def test_what_is_kept_is_the_live_reference(trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the columns taken away TRL scores the reference in every step: the curve is the same."""
+    """Without it TRL scores the reference in every step: the curve is the same."""
     kept, _ = trained()
 
-    def live(trainer: Any, *rest: Any) -> dict[str, int]:
-        return {"scored": 0, "found": 0}
+    def live(trainer: Any, kept: Any) -> None:
+        trainer._kept = kept
 
-    monkeypatch.setattr("pipeline.training.dpo.precompute_reference", live)
+    monkeypatch.setattr("pipeline.training.engine.trainer.PreferenceTrainer.keep_reference", live)
     each_step, _ = trained()
     for name in ("loss", "rewards/chosen", "rewards/margins", "eval_rewards/margins"):
         assert kept.metrics[name] == pytest.approx(each_step.metrics[name], abs=1e-5), name
@@ -138,3 +138,70 @@ def test_a_frozen_adapter_stays_frozen_when_the_reference_was_scored() -> None:
     with held(model):
         model.requires_grad_(True)
     assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
+
+
+def test_only_what_a_run_comes_to_is_scored(trained: Callable[..., Any]) -> None:
+    """Two steps of two pairs, and the held-out pairs: four of the twelve training pairs are scored."""
+    _, few = trained(max_steps=2, per_device_train_batch_size=2)
+    assert few["scored"] == 4 + 4
+
+
+class Scoring:
+    """Counts; a pair's log-probabilities are its first prompt token, and minus it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, batch: Any) -> Any:
+        self.calls += 1
+        first = batch["input_ids"][: len(batch["input_ids"]) // 2, 0].float()
+        return first, -first
+
+
+def batch_of(*firsts: int) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[first, 1, 2] for first in firsts] + [[first, 3, 0] for first in firsts])
+    mask = torch.tensor([[1, 1, 1]] * len(firsts) + [[1, 1, 0]] * len(firsts))
+    return {"input_ids": ids, "attention_mask": mask, "completion_mask": torch.tensor([[0, 1, 1]]) * mask}
+
+
+def test_a_batch_s_rows_are_named_as_the_dataset_s() -> None:
+    [digest] = reference._digests(batch_of(7))
+    assert digest == row_digest({"prompt_ids": [7], "chosen_ids": [1, 2], "rejected_ids": [3]})
+
+
+def test_each_row_is_scored_once_and_what_is_kept_is_confirmed_first(tmp_path: Path) -> None:
+    store, said, score = ReferenceStore(tmp_path, reference_key(**KEY)), list[str](), Scoring()
+
+    def ask(kept: reference.KeptReference, *firsts: int) -> list[float]:
+        batch = batch_of(*firsts)
+        return kept.logps(batch, lambda: score(batch))[0].tolist()
+
+    first = reference.KeptReference(store, 0.01, said.append)
+    assert ask(first, 1, 2) == [1, 2]
+    assert ask(first, 2, 1) == [2, 1]
+    assert score.calls == 1
+    assert ask(first, 2, 3) == [2, 3]
+    assert (score.calls, first.account()) == (2, {"scored": 3, "found": 0})
+    assert store.read() == {}
+    first.write()
+    assert len(store.read()) == 3
+
+    again = reference.KeptReference(store, 0.01, said.append)
+    assert ask(again, 1, 2) == [1, 2]
+    assert score.calls == 3  # confirmed
+    assert ask(again, 3, 1) == [3, 1]
+    assert score.calls == 4
+    assert ask(again, 3, 1) == [3, 1]
+    assert score.calls == 4  # four were
+    assert again.account() == {"scored": 0, "found": 3}
+
+
+def test_files_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_WRITTEN_AT_LEAST", 4)
+    store, score = ReferenceStore(tmp_path, reference_key(**KEY)), Scoring()
+    kept = reference.KeptReference(store, 0.01, print)
+    for first in range(200):
+        kept.logps(batch_of(first), lambda at=first: score(batch_of(at)))  # type: ignore[misc]
+    kept.write()
+    assert len(store.read()) == 200
+    assert len(list(store.folder.glob("*.safetensors"))) < 30

@@ -93,7 +93,7 @@ def measured(trainer: Any, pairs: list[dict[str, list[int]]]) -> tuple[float, di
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     inputs = trainer._prepare_inputs(trainer.data_collator(pairs))
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
@@ -163,14 +163,14 @@ def test_the_check_passes_what_is_equal_and_refuses_what_is_not(
     shared = SharedPrompt(trainer.model)
     shared.install()
     batch = trainer.data_collator(PAIRS)
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         assert shared.check(trainer.model, batch) is None
-        stock = attention.sdpa_attention_forward
+        stock = attention.attend
 
         def without_window(*args: Any, **kwargs: Any) -> Any:
             return stock(*args[:4], None, **kwargs)
 
-        monkeypatch.setattr(attention, "sdpa_attention_forward", without_window)
+        monkeypatch.setattr(attention, "attend", without_window)
         assert "nats a token off" in str(shared.check(trainer.model, batch))
 
 

@@ -41,7 +41,7 @@ def scored(model: Any, rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, 
     batch = DataCollatorForPreference(pad_token_id=0)(rows)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     model.zero_grad()
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         output = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
         )
@@ -125,7 +125,7 @@ def test_the_check_sees_a_trunk_that_is_wrong() -> None:
     model = opened("llama")
     shared, trunk = with_trunk(model, 1000, "memory", Path())
     batch = DataCollatorForPreference(pad_token_id=0)(ROWS)
-    with compact_head():
+    with compact_head(torch.device("cpu")):
         assert shared.check(model, batch) is None
         assert shared.check(model, batch) is None
         assert trunk._kept is not None

@@ -81,22 +81,61 @@ def test_chosen_below_the_reference_on_held_out_pairs() -> None:
     assert found(evaluated(-0.05)) == {}
 
 
+def told_apart(setting: Setting, since: int, steps: int, margin: float, **figures: Any) -> dict[str, Finding]:
+    """A run whose pairs are in no order before the step `since`, and all told apart by `margin` from there on."""
+    records = [
+        step(
+            at,
+            **{"rewards/accuracies": 1.0 if at >= since else 0.5, "rewards/margins": margin if at >= since else 0.0},
+            **figures,
+        )
+        for at in range(1, steps + 1)
+    ]
+    return replayed(setting, records)
+
+
 def test_accuracy_saturated() -> None:
-    """Four pairs a step: 64 pairs are 16 steps, here 3 to 18; one wrong pair in them begins the count anew."""
+    """Four pairs a step: 64 pairs are 16 steps, here 3 to 18 of 100, at a margin of at least ln 9 = 2.197."""
+    finding = told_apart(DPO, 3, 18, 2.2)["accuracy-saturated"]
+    assert (finding.step, finding.figure) == (18, pytest.approx(2.2))
+    assert "at step 18 of 100 the last 64 training pairs were all told apart, by a margin of 2.20" in finding.message
+    assert told_apart(DPO, 3, 17, 2.2) == {}  # 60 pairs
 
-    def run(right: int, last: int) -> dict[str, Finding]:
-        accuracies = [step(at, **{"rewards/accuracies": 0.5 if at <= 2 or at == right else 1.0}) for at in range(1, 19)]
-        return replayed(DPO, accuracies[:last])
 
-    finding = run(0, 18)["accuracy-saturated"]
-    assert (finding.step, finding.figure) == (18, 64)
-    assert run(0, 17) == {}
-    assert run(10, 18) == {}
+def test_accuracy_at_a_small_margin_is_a_run_that_learns_what_it_should() -> None:
+    """One wanted difference puts all pairs in order at once; the margin is what says that nothing is left of it."""
+    assert told_apart(DPO, 2, 100, 2.19) == {}
+    quickstart = Setting("dpo", learning_rate=4e-5, max_steps=20, pairs_per_step=8, beta=0.1)
+    assert told_apart(quickstart, 7, 20, 0.4) == {}  # 64 in a row at step 14
 
 
 def test_accuracy_that_saturates_late_is_learning() -> None:
-    records = [step(at, **{"rewards/accuracies": 1.0 if at > 20 else 0.9}) for at in range(1, 100)]
-    assert replayed(DPO, records) == {}
+    """A quarter of 100 steps is 25, and 128 pairs are 32: step 32 is the last one that is judged."""
+    assert "accuracy-saturated" in told_apart(DPO, 17, 100, 3.0)
+    assert told_apart(DPO, 18, 100, 3.0) == {}
+    longer = replace(DPO, max_steps=400)
+    assert "accuracy-saturated" in told_apart(longer, 85, 400, 3.0)
+    assert told_apart(longer, 86, 400, 3.0) == {}
+    assert told_apart(longer, 3, 100, 3.0, epoch=1.25) == {}  # the pairs were seen before
+
+
+def test_one_pair_that_is_not_told_apart_begins_the_count_anew() -> None:
+    """Of the first 32 steps, which are judged, 16 in a row are left behind one slip at step 10, but not behind two."""
+
+    def run(*slips: int) -> dict[str, Finding]:
+        accuracies = {at: 0.75 if at in slips else 1.0 for at in range(1, 40)}
+        right = [step(at, **{"rewards/accuracies": one, "rewards/margins": 3.0}) for at, one in accuracies.items()]
+        return replayed(DPO, right)
+
+    assert run(10)["accuracy-saturated"].step == 26
+    assert run(10, 20) == {}
+
+
+def test_pairs_are_counted_where_only_some_steps_are_logged() -> None:
+    """Every fourth step of four pairs: four lines are 64 pairs."""
+    records = [step(at, **{"rewards/accuracies": 1.0, "rewards/margins": 3.0}) for at in (4, 8, 12, 16)]
+    assert replayed(DPO, records[:3]) == {}
+    assert replayed(DPO, records)["accuracy-saturated"].step == 16
 
 
 def pairs(margins: list[float], longer: list[int]) -> Pairs:

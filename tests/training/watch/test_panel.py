@@ -5,12 +5,14 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.training.watch.panel import Status, sparkline
+from pipeline.training.watch.panel import Status, progress_bar, sparkline
 
 
 def drawn(status: Status, width: int, encoding: str = "utf-8") -> str:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    console = Console(file=file, width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    console = Console(
+        file=file, width=width, force_terminal=True, color_system=None, legacy_windows=False, soft_wrap=True
+    )  # soft_wrap: as the command has it
     console.print(status)
     file.seek(0)
     return file.read()
@@ -56,6 +58,13 @@ def test_what_is_not_finite_is_left_out_of_the_curve() -> None:
     assert sparkline([0.0, float("nan"), 1.0, float("inf")], 9) == "▁█"
 
 
+def test_the_bar_is_read_without_colours() -> None:
+    assert progress_bar(3, 12, 8).plain == "━━──────"
+    assert progress_bar(12, 12, 8).plain == "━" * 8
+    assert progress_bar(11, 12, 8).plain == "━━━━━━━─"  # full only at the end
+    assert progress_bar(0, 0, 4, ascii_only=True).plain == "----"
+
+
 def test_a_wide_panel_shows_everything(status: Status) -> None:
     text = drawn(status, 100)
     for words in (
@@ -82,6 +91,8 @@ def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(status: Status,
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     flat = text.replace("│", " ")
+    for words in ("likelihood-displacement", "gradient-spike", "tokens/s", "5.00e-06"):
+        assert words in "".join(flat.split()), words  # cut where the width is, but all there
     for figure in ("0.5800", "0.3000", "1.0000"):
         assert figure in flat
     if width >= 60:

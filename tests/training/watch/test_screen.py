@@ -87,6 +87,15 @@ def test_a_finding_is_told_with_its_mend_as_it_is(console: Any) -> None:
     )
 
 
+def test_a_finding_is_cut_at_words_on_a_terminal() -> None:
+    console = terminal(30)
+    Screen(console, "dpo", None).found(FINDING)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.rstrip() for line in lines] == [
+        "health: gradient-spike at step", "3: the norm jumped to 20", "  try `[sigmoid, sft]`"
+    ]  # fmt: skip
+
+
 def test_closing_twice_or_before_the_beginning_is_fine() -> None:
     Screen(terminal(), "sft", None).close()
     shown = trained(terminal())

@@ -1,0 +1,185 @@
+"""Linear layers that do in one pass what PEFT and autograd do in several, and whose gradients may be rounded.
+
+A LoRA layer is y = x Wᵀ + s · (x Aᵀ) Bᵀ (Hu et al. 2021, equation 3). PEFT makes the second term as a tensor of its
+own, scales it and adds it: three passes over memory as large as the layer's output, and as many in the backward pass.
+Here the product that makes it also adds it. Values and gradients are PEFT's but for the order of sums.
+
+With `rounds`, the factors of gradients are rounded to bfloat16 (dL/dx = dL/dy · W takes half of a training step's
+multiplications). The forward pass is float32 all the same: loss and log-probabilities are those of the weights, to
+float32's own error, and only the weights' path takes the noise, as in any bfloat16 training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.nn.functional import linear
+
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.device import available_memory
+
+
+class _Plain(torch.autograd.Function):
+    """y = x Wᵀ + b, its gradients of rounded factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, half: _Half) -> torch.Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        ctx.half = half
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        into = grads[0].flatten(0, -2).bfloat16()
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = _through(into, ctx.half()).view(*grads[0].shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            to_weight = (into.T @ x.flatten(0, -2).bfloat16()).float()
+        if ctx.needs_input_grad[2]:
+            to_bias = grads[0].flatten(0, -2).sum(0)
+        return to_x, to_weight, to_bias, None
+
+
+class _Lora(torch.autograd.Function):
+    """y = x Wᵀ + b + s · (d Aᵀ) Bᵀ of a frozen W, where d is x, or x after dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        half: _Half | None,
+    ) -> torch.Tensor:
+        read = (x if dropped is None else dropped).flatten(0, -2)  # [T, in]
+        narrow = read @ a.T  # [T, r]
+        y = linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(narrow, b.T, alpha=scaling)
+        ctx.save_for_backward(read, narrow, weight, a, b)
+        ctx.scaling, ctx.half, ctx.apart = scaling, half, dropped is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        read, narrow, weight, a, b = ctx.saved_tensors
+        into = grads[0].flatten(0, -2)  # [T, out]
+        shape = (*grads[0].shape[:-1], -1)
+        back = (into @ b).mul_(ctx.scaling)  # [T, r]
+        to_x = to_dropped = None
+        if ctx.needs_input_grad[0]:
+            to_x = into @ weight if ctx.half is None else _through(into.bfloat16(), ctx.half())
+            if not ctx.apart:
+                to_x.addmm_(back, a)
+            to_x = to_x.view(shape)
+        if ctx.needs_input_grad[1]:
+            to_dropped = (back @ a).view(shape)
+        to_a = back.T @ read if ctx.needs_input_grad[4] else None
+        to_b = (into.T @ narrow).mul_(ctx.scaling) if ctx.needs_input_grad[5] else None
+        return to_x, to_dropped, None, None, to_a, to_b, None, None
+
+
+_plain: Any = _Plain.apply
+_lora: Any = _Lora.apply
+
+
+def _through(into: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (into @ weight).float()
+
+
+class _Half:
+    """A weight in bfloat16, made when a backward pass asks for it.
+
+    Args:
+        weight: float32.
+        kept: keeps it for the next backward pass, unless the weight trains.
+    """
+
+    def __init__(self, weight: torch.Tensor, *, kept: bool) -> None:
+        self._weight = weight
+        self._kept = kept
+        self._last: tuple[int, torch.Tensor] | None = None
+
+    def __call__(self) -> torch.Tensor:
+        version = self._weight._version
+        if self._last is not None and self._last[0] == version:
+            return self._last[1]
+        half = self._weight.detach().bfloat16()
+        if self._kept and not self._weight.requires_grad:
+            self._last = version, half
+        return half
+
+
+def join_products(model: Any, *, rounds: bool) -> None:
+    """Puts these products in the place of PEFT's and torch's, in the float32 linear layers of a model's blocks.
+
+    Forwards are replaced, and nothing else: weights, names and what is saved stay PEFT's. What PEFT's layer can do
+    beyond one plain LoRA (DoRA, several adapters at once, four bits), it goes on to do itself.
+
+    Args:
+        model: the PEFT model, changed in place.
+        rounds: rounds the factors of gradients to bfloat16, in layers without LoRA too.
+    """
+    base = model.get_base_model()
+    blocks = [base.get_submodule(name) for name in anatomy_of(base).blocks]
+    layers = [module for block in blocks for module in block.modules()]
+    adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    taken = {id(part) for layer in adapted for part in layer.modules()}
+    joined = [layer for layer in adapted if type(layer) is LoraLinear and _is_plain(layer.base_layer)]
+    plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in taken] if rounds else []
+    free = available_memory(next(base.parameters()).device)
+    wanted = sum(2 * parameter.numel() for block in blocks for parameter in block.parameters())
+    kept = free is not None and wanted <= free / 10
+    for layer in joined:
+        half = _Half(layer.base_layer.weight, kept=kept) if rounds else None
+        layer.forward = partial(_lora_forward, layer, layer.forward, half)
+    for layer in plain:
+        layer.forward = partial(_plain_forward, layer, layer.forward, _Half(layer.weight, kept=kept))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and layer.weight.dtype == torch.float32
+
+
+def _is_float32(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
+def _plain_forward(layer: Any, stock: Callable[..., torch.Tensor], half: _Half, x: torch.Tensor) -> torch.Tensor:
+    if not _is_float32(x):
+        return stock(x)
+    output: torch.Tensor = _plain(x, layer.weight, layer.bias, half)
+    return output
+
+
+def _lora_forward(
+    layer: Any,
+    stock: Callable[..., torch.Tensor],
+    half: _Half | None,
+    x: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    base = layer.base_layer
+    one = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
+    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if args or kwargs or not one or layer.disable_adapters or layer.merged or trains or not _is_float32(x):
+        return stock(x, *args, **kwargs)
+    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    if a.dtype != torch.float32:
+        return stock(x)
+    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and layer.training else None
+    output: torch.Tensor = _lora(x, dropped, base.weight, base.bias, a, b, layer.scaling[name], half)
+    return output

@@ -1,0 +1,161 @@
+"""Linear layers that do in one pass what PEFT does in several: values and gradients are PEFT's."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pipeline.training.engine import linear
+from pipeline.training.engine.linear import join_products
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(3, 67).view(2, 32)
+
+
+def build(folder: Path, **settings: Any) -> Any:
+    """A LoRA model whose adapter does something."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": ALL, **settings}))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+def result(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and gradients of one batch; dropout draws the same numbers each time."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    output = model(input_ids=IDS, labels=IDS)
+    output.loss.backward()
+    return output.logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    calls: list[int] = []
+    stock = getattr(linear, name)
+    monkeypatch.setattr(linear, name, lambda *args: calls.append(1) or stock(*args))  # type: ignore[func-returns-value]
+    return calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_dropout": 0.3},
+        {"use_rslora": True, "lora_alpha": 32},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"layers_to_transform": [2, 3]},
+        {"modules_to_save": ["model.layers.3", "model.norm", "lm_head"], "layers_to_transform": [0, 1, 2]},
+    ],
+    ids=lambda settings: ",".join(settings) or "all-linear",
+)
+def test_values_and_gradients_are_those_of_peft(
+    tiny_folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny_folder, **settings)
+    logits, gradients = result(copy.deepcopy(model))
+    calls = count_calls(monkeypatch, "_lora")
+    join_products(model, rounds=False)
+    ours, found = result(model)
+    assert calls
+    assert torch.allclose(ours, logits, atol=1e-5)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_dropout": 0.3},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"modules_to_save": ["model.layers.3", "model.norm"], "layers_to_transform": [0, 1, 2]},
+    ],
+    ids=lambda settings: ",".join(settings) or "all-linear",
+)
+def test_rounding_touches_gradients_alone_and_little(tiny_folder: Path, settings: dict[str, Any]) -> None:
+    model = build(tiny_folder, **settings)
+    logits, gradients = result(copy.deepcopy(model))
+    join_products(model, rounds=True)
+    for _ in range(2):  # rounded weights made, and used again
+        ours, found = result(model)
+        assert torch.allclose(ours, logits, atol=1e-5)
+        assert found.keys() == gradients.keys()
+        apart = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in gradients.items()}
+        assert max(apart.values()) < 0.03
+    assert max(apart.values()) > 1e-4  # it does round
+
+
+def test_without_room_for_copies_the_result_is_the_same(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tiny_folder)
+    other = copy.deepcopy(model)
+    join_products(model, rounds=True)
+    monkeypatch.setattr(linear, "available_memory", lambda device: 1000)
+    join_products(other, rounds=True)
+    for one, two in zip(result(model)[1].values(), result(other)[1].values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_rounded_weight_is_made_anew_when_the_weight_has_changed() -> None:
+    weight = torch.nn.Parameter(torch.full((2, 2), 1.0), requires_grad=False)
+    half = linear._Half(weight, kept=True)
+    assert half() is half()
+    weight.fill_(2.0)
+    assert half()[0, 0] == 2
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}])
+def test_what_is_more_than_one_plain_lora_is_left_to_peft(
+    tiny_folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny_folder, **settings)
+    logits, gradients = result(copy.deepcopy(model))
+    join_products(model, rounds=False)
+    if "bias" not in settings:  # Llama's layers have none
+        monkeypatch.setattr(linear, "_lora", None)
+    ours, found = result(model)
+    assert torch.allclose(ours, logits, atol=1e-6)
+    assert found.keys() == gradients.keys()
+
+
+def test_disabled_switched_and_merged_adapters_are_peft_s(tiny_folder: Path) -> None:
+    model = build(tiny_folder)
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    stock = copy.deepcopy(model)
+    join_products(model, rounds=True)
+
+    def both() -> None:
+        with torch.no_grad():
+            assert torch.allclose(model(input_ids=IDS).logits, stock(input_ids=IDS).logits, atol=1e-5)
+
+    for each in (model, stock):
+        each.set_adapter("other")
+    both()
+    with model.disable_adapter(), stock.disable_adapter():
+        both()
+    for each in (model, stock):
+        each.set_adapter("default")
+        each.merge_adapter()
+    both()
+
+
+def test_autocast_and_half_precision_are_left_to_peft(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_lora", None)
+    model = build(tiny_folder)
+    join_products(model, rounds=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result(model)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16), LoraConfig(target_modules="all-linear")
+    )
+    join_products(model, rounds=True)
+    result(model)
