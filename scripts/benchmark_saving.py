@@ -83,14 +83,14 @@ def main() -> None:
                 "interval": interval,
                 "share": saving / (saving + interval * step),
             }
+            if arguments.format == "text":
+                print(
+                    f"{stage}: a checkpoint {saving:.2f} s, a step {step:.2f} s, one checkpoint in {interval} steps: "
+                    f"{figures[stage]['share']:.2%} of the time",
+                    flush=True,
+                )
     if arguments.format == "json":
         print(json.dumps(figures))
-        return
-    for stage, found in figures.items():
-        print(
-            f"{stage}: a checkpoint {found['checkpoint_seconds']:.2f} s, a step {found['step_seconds']:.2f} s, "
-            f"one checkpoint in {found['interval']} steps: {found['share']:.2%} of the time"
-        )
 
 
 if __name__ == "__main__":

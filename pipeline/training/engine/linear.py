@@ -136,7 +136,12 @@ def join_products(model: Any, *, rounds: bool) -> None:
     layers = [module for block in blocks for module in block.modules()]
     adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
     taken = {id(part) for layer in adapted for part in layer.modules()}
-    joined = [layer for layer in adapted if type(layer) is LoraLinear and _is_plain(layer.base_layer)]
+    # A fixed LoRA (`model.fixed_lora`) is a hook of the layer below, which a product of its weight would pass by.
+    joined = [
+        layer
+        for layer in adapted
+        if type(layer) is LoraLinear and _is_plain(layer.base_layer) and not layer.base_layer._forward_hooks
+    ]
     plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in taken] if rounds else []
     free = available_memory(next(base.parameters()).device)
     wanted = sum(2 * parameter.numel() for block in blocks for parameter in block.parameters())
