@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import wandb
 
 from pipeline.cli import main
 
@@ -91,6 +92,7 @@ def test_a_whole_run_asks_nothing_of_the_network(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in a netrc
+    wandb.teardown()  # its process keeps the environment that it was started in
     short = {"max_steps": 1, "warmup_steps": 0}
     path = write_experiment(sft=short, dpo=short, tracking={"wandb": {"mode": "auto"}})
     assert main(["align", str(path)]) == 0

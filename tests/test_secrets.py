@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import wandb
 
 from pipeline.cli import main
 from tests.judge_server import Server, said
@@ -63,6 +64,7 @@ def search(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
         folder.mkdir(parents=True)
         monkeypatch.setenv(name, str(folder))
     monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # its process keeps the folder and the environment that it was started in
     watcher = CommandLines()
     watcher.start()
 

@@ -24,7 +24,9 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from pipeline.training.engine.attention import NAME
+from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.joint import Joint
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.padding_free import SEGMENTS, by_row
 from pipeline.training.engine.short import own_masks
 
@@ -99,6 +101,7 @@ def trace_step(
     own = "eager" if causal_lm.config._attn_implementation == "eager" else "sdpa"
     with _quiet(), own_masks(), _attention_for(causal_lm, batch), FakeTensorMode():
         _give_fake_storage(policy)
+        join_products(policy, rounds=False)
         inputs, source = _inputs(batch, own)
         known = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
         with _LiveBytes([*policy.parameters(), *policy.buffers(), *known, source]) as counted:
@@ -112,7 +115,8 @@ def trace_step(
             if triton:
                 at_head = _triton_head(states, head, batch.positions, autocast)
             else:
-                _head(states.detach(), head, batch.positions, autocast, outputs)
+                with compact_head(torch.device("cpu")):
+                    _head(states.detach(), head, batch.positions, autocast, outputs)
                 at_head = counted.lap() - saved
             torch.autograd.backward(states, torch.zeros_like(states))
             peaks += [saved + at_head, counted.lap()]

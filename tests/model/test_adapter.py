@@ -206,12 +206,9 @@ def refusal(base: Any, folder: Path, unfreeze: Unfreeze = NOTHING) -> PipelineEr
 @pytest.mark.parametrize(
     ("modules", "unfreeze", "said"),
     [
-        (["model.norm"], NOTHING, "carries trained model.norm, which"),
-        (["lm_head"], BLOCK, "carries trained lm_head, which"),
-        (["model.layers.1"], BLOCK, "carries trained model.layers.1, which"),
         # PEFT matches ends of names, at a dot or not: the two norms of each of three blocks, and the last one.
         (["norm"], NORM, "model.layers.0.input_layernorm, model.layers.0.post_attention_layernorm, "),
-        (["norm"], ALL, "model.layers.1.input_layernorm and 1 more, which"),
+        (["norm"], ALL, "model.layers.1.input_layernorm and 1 more, and only whole blocks"),
     ],
 )
 def test_an_adapter_that_carries_what_dpo_would_not_open_is_refused(

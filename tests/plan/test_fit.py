@@ -12,7 +12,7 @@ import torch
 from pipeline.experiment import Dpo, Experiment, Model, Sft
 from pipeline.experiment_file import load_experiment
 from pipeline.model.device import Placement, available_memory
-from pipeline.plan.fit import needed, settle_checkpointing
+from pipeline.plan.fit import _SHARE, needed, settle_checkpointing
 from pipeline.plan.outline import find_config
 from pipeline.plan.rhythm import Length
 from pipeline.training.sft import run_sft
@@ -62,7 +62,7 @@ def test_longer_rows_need_it_sooner(settle: Any, tiny_folder: Path) -> None:
     assert short is not None
     assert long is not None
     assert long > 1.6 * short
-    free = round(1.5 * short / 0.85)
+    free = round(1.5 * short / _SHARE)
     assert settle(Sft, free, length=100)[0] is False
     assert settle(Sft, free, length=1000)[0] is True
 

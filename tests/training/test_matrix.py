@@ -29,6 +29,7 @@ from pipeline.runs.resume import Resume
 from pipeline.runs.run import Run, read_run
 from pipeline.training import dpo as dpo_module
 from pipeline.training.dpo import run_dpo
+from pipeline.training.engine.reference import row_digest
 from pipeline.training.keeper import Keeper
 from pipeline.training.proof import Scores, reference_hash
 
@@ -315,7 +316,7 @@ def test_a_resumed_run_keeps_the_sft_adapter_as_its_reference(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hash, log-probabilities in memory and beside the rows, and drift; the policy of the checkpoint is another."""
+    """Hash, log-probabilities in memory and those that were kept, drift; the policy of the checkpoint is another."""
     one = stopped(name, tied, scope)
     run = one.copy(tmp_path / "resumed")
     checkpoint, then = one.root / "lights/dpo-001/state/checkpoint-1", run.manifest["reference"]
@@ -348,8 +349,10 @@ def test_a_resumed_run_keeps_the_sft_adapter_as_its_reference(
     before, after = (some.reference for some in scores)
     assert (before - expected[: len(before)]).abs().max() <= REFERENCE
     assert torch.equal(after, before)
-    beside = torch.tensor([[row[f"ref_{side}_logps"] for side in SIDES] for row in rows])
-    assert (beside - expected).abs().max() <= REFERENCE
+    kept = trainers[0]._kept._new | trainers[0]._kept._before  # what rewards and loss were made of, by row
+    scored = [(torch.tensor(kept[row_digest(row)]), at) for at, row in enumerate(rows) if row_digest(row) in kept]
+    assert len(scored) >= 8  # two steps of four pairs
+    assert all((logps - expected[at]).abs().max() <= REFERENCE for logps, at in scored)
     # Rewards begin where the stopped run left them, which the checkpoint's policy as reference would set to 0.
     assert abs(run.manifest["metrics"]["rewards/margins"]) > 0.01
 
