@@ -50,6 +50,7 @@ def test_the_file_holds_the_contract(tmp_path: Path) -> None:
         "versions": {"sft": {"run": "a/sft-001", "sha256": "1f"}},
         "settings": {},
         "judge": {},
+        "lm_eval": {},
         "verdict": None,
         "pairs": [{"prompt": "p", "chosen": "c", "rejected": "r", "margins": {"sft": 0.5, "dpo": None}}],
         "absent": {},

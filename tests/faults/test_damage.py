@@ -157,7 +157,7 @@ def test_a_disk_that_fails_while_saving_does_not_end_the_run(arena: Any, tmp_pat
     arena.judge("disk fails while saving", f"{errno.errorcode[number]}: {ended}", survived)
 
 
-@pytest.mark.parametrize("limit", [30_000])
+@pytest.mark.parametrize("limit", [11_000])
 def test_files_that_may_not_grow_leave_the_last_good_checkpoint(
     arena: Any, killed: Any, tmp_path: Path, limit: int
 ) -> None:
