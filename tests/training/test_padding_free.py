@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from transformers import AttentionInterface
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.training.engine.head import compact_head
-from pipeline.training.engine.padding_free import attend_by_row, leave_padding_out
+from pipeline.training.engine.padding_free import SEGMENTS, attend_by_row, leave_padding_out
 
 LENGTHS = (9, 23, 3, 14)
 WINDOW = 5
@@ -223,7 +224,7 @@ def test_a_model_that_reads_otherwise_keeps_padding(
     def one_row(module: Any, query: Any, *rest: Any, row_lengths: list[int], **kwargs: Any) -> Any:
         return attend_by_row(module, query, *rest, row_lengths=[query.shape[2]], **kwargs)
 
-    monkeypatch.setattr("pipeline.training.engine.padding_free.attend_by_row", one_row)
+    monkeypatch.setitem(AttentionInterface._global_mapping, SEGMENTS, one_row)
     trainer = make_trainer(build("Llama"))
     loss = step(trainer, rows)[0]
     said = leave_padding_out(trainer)
