@@ -283,7 +283,7 @@ def test_a_finding_is_told_once() -> None:
     ("stage", "setting"),
     [
         ("sft", Setting("sft", learning_rate=8e-4, max_steps=100, pairs_per_step=4)),
-        ("dpo", Setting("dpo", learning_rate=3e-5, max_steps=20, pairs_per_step=4, beta=0.1)),
+        ("dpo", Setting("dpo", learning_rate=4e-5, max_steps=20, pairs_per_step=8, beta=0.1)),
     ],
 )
 def test_the_healthy_quickstart_has_no_finding(stage: str, setting: Setting) -> None:
@@ -292,7 +292,7 @@ def test_the_healthy_quickstart_has_no_finding(stage: str, setting: Setting) -> 
 
 
 def test_the_quickstarts_pairs_have_no_finding() -> None:
-    """Rank correlation with length -0.45; the rejected answers lost 0.033 nats a token."""
+    """Rejected answers carry a phrase more, so margins go with length; within the bounds."""
     record = json.loads((QUICKSTART / "pairs.jsonl").read_text())
     columns = (record[name] for name in ("rewards/chosen", "rewards/rejected", "tokens/chosen", "tokens/rejected"))
     assert found(with_pairs(Pairs(record["step"], *columns))) == {}
