@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,18 @@ def test_out_of_memory_is_a_message(
         run_sft(experiment(write_experiment), tmp_path, console)
     assert (caught.value.code, caught.value.exit_code) == ("out-of-memory", ExitCode.MACHINE)
     assert read_run(tmp_path / "lights/sft-001").status == "failed"
+
+
+def test_the_peak_of_memory_is_the_process_s_own_whoever_started_it() -> None:
+    """On Linux `ru_maxrss` of a new program begins with what its parent used."""
+    ballast = bytearray(2**30)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = (
+        "import torch; from pipeline.model.device import place; from pipeline.training.stage import peak_memory;"
+        "before = peak_memory(place('cpu', 'auto')); more = torch.ones(2**28 // 4);"
+        "print(before, peak_memory(place('cpu', 'auto')))"
+    )
+    before, after = map(
+        int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split()
+    )
+    assert after - before > 200 * 2**20
