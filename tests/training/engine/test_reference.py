@@ -13,6 +13,7 @@ from pipeline.experiment_file import load_experiment
 from pipeline.training.dpo import run_dpo
 from pipeline.training.engine import reference
 from pipeline.training.engine.reference import ReferenceStore, reference_key, row_digest
+from pipeline.training.keeper import Keeper
 from pipeline.training.sft import run_sft
 
 ROW = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
@@ -205,3 +206,20 @@ def test_files_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept.write()
     assert len(store.read()) == 200
     assert len(list(store.folder.glob("*.safetensors"))) < 30
+
+
+def test_what_was_scored_is_on_the_disk_before_a_checkpoint(
+    trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored again after a resume, in another batch, it would differ in the last bits."""
+    unwritten: list[int] = []
+    save = Keeper.save
+
+    def look(keeper: Any) -> None:
+        unwritten.append(len(keeper._trainer._kept._unwritten))
+        save(keeper)
+
+    monkeypatch.setattr(Keeper, "save", look)
+    trained(save_strategy="steps", save_steps=1)
+    assert len(unwritten) >= 3
+    assert set(unwritten) == {0}
