@@ -306,6 +306,7 @@ def _run_dpo(
         join_products(policy, rounds=products.round_gradients)
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
+        trainer.begins_as_reference = torch.equal(before.policy, before.reference)
         console.print(
             f"step 0: loss {before.loss:.6f}, margin {before.metrics['rewards/margins']:.6f}; the reference is the "
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
