@@ -20,11 +20,6 @@ os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_MODE", None)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--record` writes the recorded trajectories of tests/invariant anew."""
-    parser.addoption("--record", action="store_true", help="write the recorded trajectories anew")
-
-
 @pytest.fixture(autouse=True)
 def own_references(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds, or leaves, a reference in the user's cache; models there are found."""

@@ -88,6 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Transformers' class and its settings."""
+RECURRENT = ("qwen3_5",)
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _BLOCK = [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]
 LAYERS = {
@@ -118,9 +119,11 @@ class Case:
     precision: Literal["exact", "auto"] = "exact"
 
     @property
-    def rounds(self) -> bool:
-        """Whether the engine may round gradients."""
-        return self.precision != "exact"
+    def tolerance(self) -> Literal["exact", "recurrent", "rounded"]:
+        """How far the engine may be from the record; `test_trajectories.py` says why."""
+        if self.precision != "exact":
+            return "rounded"
+        return "recurrent" if self.model in RECURRENT else "exact"
 
     def targets(self) -> list[str]:
         """Linear layers with LoRA."""
