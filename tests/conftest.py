@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.data.rows import Preference
-from tests.tiny import LLAMA, config_of, make_tokenizer, save_model
+from tests.tiny import LLAMA, config_of, make_tokenizer, save_model, splits_of
 
 # Before any library reads them: no hub, no tracking server, the same sums on every machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -85,13 +85,7 @@ def definition(tiny_folder: Path, tiny_data: dict[str, Path]) -> dict[str, Any]:
         "name": "lights",
         "seed": 3,
         "model": {"id": str(tiny_folder), "device": "cpu"},
-        "data": {
-            "demonstrations": {
-                "train": str(tiny_data["demonstrations"]),
-                "eval": str(tiny_data["demonstrations-eval"]),
-            },
-            "preferences": {"train": str(tiny_data["preferences"]), "eval": str(tiny_data["preferences-eval"])},
-        },
+        "data": splits_of(tiny_data),
         "scope": {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}},
         "sft": {**rhythm, "num_train_epochs": 4, "learning_rate": 5.0e-2},
         "dpo": {**rhythm, "num_train_epochs": 2, "learning_rate": 5.0e-3},

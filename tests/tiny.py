@@ -1,4 +1,4 @@
-"""Tiny models and their tokenizer, made of random numbers, by libraries alone: nothing of the project is used here."""
+"""Tiny models of random numbers and their tokenizer, by libraries alone: nothing of the project is used here."""
 
 from __future__ import annotations
 
@@ -68,3 +68,11 @@ def save_model(folder: Path, config: Any, tokenizer: Any) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def splits_of(files: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """The section `data` of an experiment on files named `demonstrations`, `demonstrations-eval` and so on."""
+    return {
+        kind: {"train": str(files[kind]), "eval": str(files[f"{kind}-eval"])}
+        for kind in ("demonstrations", "preferences")
+    }
