@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import LLAMA, config_of, save_model, splits_of
+
 Hook = Callable[[], None]
 KILLS = int(os.environ.get("FAULT_KILLS", "16"))
 """Seeded kills over SFT and DPO together; `scripts/faults` asks for more."""
@@ -357,18 +359,11 @@ def kill_at_call(at: int | None, count: Path | None = None) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with two blocks, half as wide: a fault costs a run or two."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("small-llama")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig.from_pretrained(tiny_folder, num_hidden_layers=2, head_dim=8, **sizes)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
-    return folder
+    config = config_of("Llama", tiny_tokenizer, **{**LLAMA, **sizes, "num_hidden_layers": 2})
+    return save_model(tmp_path_factory.mktemp("small-llama"), config, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -390,13 +385,7 @@ def arena(small_folder: Path, tiny_data: dict[str, Path], tmp_path_factory: pyte
     definition = {
         "seed": 3,
         "model": {"id": "builtin:smollm2-135m" if BUILTIN else str(small_folder), "device": "cpu"},
-        "data": {
-            "demonstrations": {
-                "train": str(tiny_data["demonstrations"]),
-                "eval": str(tiny_data["demonstrations-eval"]),
-            },
-            "preferences": {"train": str(tiny_data["preferences"]), "eval": str(tiny_data["preferences-eval"])},
-        },
+        "data": splits_of(tiny_data),
         "scope": {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}},
         "sft": {**rhythm, "learning_rate": 5.0e-2},
         "dpo": {**rhythm, "learning_rate": 5.0e-3},
