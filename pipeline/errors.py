@@ -102,3 +102,18 @@ class PipelineErrors(PipelineError):
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
+
+
+def comes_from(error: BaseException, library: str) -> bool:
+    """Whether a library raised an exception, or something below it did, rather than code of ours that it called.
+
+    Args:
+        error: as it was caught.
+        library: its package.
+    """
+    decides, place = None, error.__traceback__
+    while place is not None:  # from here to where it was raised
+        package = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        decides = package if package in ("pipeline", library) else decides
+        place = place.tb_next
+    return decides == library

@@ -11,7 +11,6 @@ at the start it may take `_INIT_TIMEOUT` seconds, at the end `_FINISH_TIMEOUT`, 
 from __future__ import annotations
 
 import importlib.util
-import netrc
 import os
 import queue
 import threading
@@ -19,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from pipeline.errors import PipelineError
 from pipeline.experiment import Tracking, Wandb
@@ -34,23 +32,35 @@ _WAITING = 100_000
 
 
 def choose_mode(mode: str) -> str:
-    """`online`, `offline` or `disabled`; `auto` is online where a key is set for the W&B host."""
+    """`online`, `offline` or `disabled`; `auto` is what W&B is set to, and offline where it finds no key."""
     if mode != "auto":
         return mode
     asked = os.environ.get("WANDB_MODE")
     if asked in ("online", "offline", "disabled"):
         return asked
-    return "online" if _has_key() else "offline"
+    return _mode_of_wandb()
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def _mode_of_wandb() -> str:
+    """What W&B would do by itself, without asking anybody: its own code knows where keys and settings may stand.
+
+    As W&B 0.31 has it: a variable of the environment, a netrc under the host's name or the one behind it, a file of
+    settings (`wandb offline`, `wandb disabled`).
+    """
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib import wbauth
+
+        settings = wandb_setup.singleton().settings
+        if settings.mode in ("offline", "dryrun", "disabled"):
+            return "disabled" if settings.mode == "disabled" else "offline"
+        key = wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False)
+    except Exception as error:
+        # Of a key that is none, `wandb.init` says so. Anything else: a W&B that keeps this elsewhere.
+        found = type(error).__name__ == "AuthenticationError" or "WANDB_API_KEY" in os.environ
+    else:
+        found = key is not None
+    return "online" if found else "offline"
 
 
 class Tracker:
@@ -262,10 +272,10 @@ def start_tracker(
             says what it goes on with: `resumed_from` in its configuration, and the tag `resumed`.
         step: where a resumed run goes on.
     """
+    os.environ.setdefault("WANDB_SILENT", "true")
     mode = choose_mode(settings.mode)
     if mode == "disabled":
         return Tracker(None, say)
-    os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
 

@@ -1,19 +1,24 @@
 """Holds what is pinned in requirements.lock against the published advisories, by pip-audit.
 
 Fails on a vulnerability that has a fix: then a newer version is to be pinned. One without a fix is shown. Where the
-advisories cannot be reached, it says that nothing was audited, and does not fail.
+advisories cannot be reached, or know none of the packages, it says that nothing was audited, and does not fail.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
+_PIP_AUDIT = [sys.executable, "-m", "pip_audit"]
 _SECONDS = 120.0
+"""For all packages, one request each."""
+_ANSWER_SECONDS = 10
+"""For one of them; the first that gets no answer ends the audit."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,10 @@ def judge(output: str, complaint: str) -> Verdict:
         audited = [one for one in dependencies if "skip_reason" not in one]
         found = [(one, vulnerability) for one in audited for vulnerability in one["vulns"]]
     except (ValueError, KeyError, TypeError):
-        why = (complaint.strip() or "pip-audit wrote nothing").splitlines()[-1][:200]
-        return Verdict(False, [f"audit: NOTHING WAS AUDITED: {why}"])
+        return _nothing(_cause(complaint))
+    if not audited:  # an index of packages without advisories answers so
+        why = f", such as: {dependencies[0]['skip_reason']}" if dependencies else ""
+        return _nothing(f"the advisories know none of {len(dependencies)} packages{why}")
     lines, mended = [], 0
     for one, vulnerability in found:
         fixes = vulnerability["fix_versions"]
@@ -51,10 +58,26 @@ def judge(output: str, complaint: str) -> Verdict:
     return Verdict(mended > 0, lines)
 
 
+def _nothing(why: str) -> Verdict:
+    return Verdict(False, [f"audit: NOTHING WAS AUDITED: {why[:300]}"])
+
+
+def _cause(complaint: str) -> str:
+    """The line of pip-audit's stderr that says what was in its way."""
+    lines = complaint.strip().splitlines()
+    logged = [line.split(":", 2)[-1] for line in lines if line.startswith("ERROR:")]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Timeout): \S", line)]
+    # It logs what it expects, with a tip behind it; the rest ends as a traceback, the last exception sometimes bare.
+    cause = (logged[:1] or raised[-1:] or lines[-1:] or ["pip-audit wrote nothing"])[0]
+    below = re.search(r"\(Caused by (.*)\)$", cause)  # requests names what failed behind what it tried
+    return below[1] if below else cause
+
+
 def main() -> int:
     """Audits the pinned set; 1 where a vulnerability has a fix."""
-    command = [sys.executable, "-m", "pip_audit", "--requirement", str(ROOT / "requirements.lock")]
-    command += ["--no-deps", "--disable-pip", "--format", "json", "--progress-spinner", "off"]
+    # The lock holds all there is, so nothing is left to resolve; without hashes pip-audit wants to be told so.
+    command = [*_PIP_AUDIT, "--requirement", str(LOCK), "--no-deps", "--disable-pip"]
+    command += ["--format", "json", "--progress-spinner", "off", "--timeout", str(_ANSWER_SECONDS)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         verdict = judge(done.stdout, done.stderr)

@@ -15,7 +15,7 @@ BY_OTHERS = {
     "tensorboard": "torch.utils.tensorboard",
 }
 """Imported by a library that does not depend on it by itself."""
-TOOLS = {"build", "mypy", "ruff", "types-jsonschema", "types-pyyaml"}
+TOOLS = {"build", "mypy", "pip-audit", "ruff", "types-jsonschema", "types-pyyaml"}
 """Run and not imported."""
 
 

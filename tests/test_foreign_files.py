@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def unsafe(source: str) -> list[str]:
             found.append(ast.unparse(call))
         if given.get("trust_remote_code") == "True" or given.get("allow_pickle") == "True":
             found.append(ast.unparse(call))
+        # Not told, Transformers asks at the terminal. `None` is a `**`.
+        if re.fullmatch(r"Auto\w+\.from_pretrained", name) and not {"trust_remote_code", None} & given.keys():
+            found.append(ast.unparse(call))
         if name in ("eval", "exec", "yaml.load", "yaml.unsafe_load") or name.startswith("pickle."):
             found.append(ast.unparse(call))
     return found
@@ -53,6 +57,7 @@ def unsafe(source: str) -> list[str]:
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "AutoModel.from_pretrained(x)",
         "numpy.load(x, allow_pickle=True)",
         "yaml.load(x)",
     ],

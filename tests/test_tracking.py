@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,29 +70,77 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def no_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NETRC", raising=False)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home with no key in it, and a W&B that has read no settings yet."""
+    import wandb
+
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in [*os.environ, "NETRC"]:
+        if name.startswith("WANDB_") or name == "NETRC":
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield home
+    wandb.teardown()
 
 
-def test_auto_is_online_only_with_a_key(no_netrc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_online_only_with_a_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode("auto") == "disabled"
     assert choose_mode("offline") == "offline"
 
 
-def test_auto_reads_the_key_of_the_host_from_netrc(
-    no_netrc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+KEY = "k" * 40
+OWN = {"WANDB_BASE_URL": "https://wandb.example:8080"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "environment", "mode"),
+    [
+        (".netrc", f"machine api.wandb.ai login user password {KEY}", {}, "online"),
+        (".netrc", f"machine api.forge.coreweave.com login user password {KEY}", {}, "online"),  # `wandb login` of 0.31
+        (".netrc", f"machine wandb.example:8080 login user password {KEY}", {}, "offline"),
+        (".netrc", f"machine wandb.example:8080 login user password {KEY}", OWN, "online"),
+        (".netrc", f"machine wandb.example login user password {KEY}", OWN, "offline"),
+        (".netrc", f"machine api.wandb.ai login user password {KEY}", OWN, "offline"),
+        (".netrc", f"default login user password {KEY}", OWN, "online"),
+        (".netrc", "machine api.wandb.ai login user password short", {}, "online"),  # `wandb.init` says so
+        (".netrc", "machine", {}, "offline"),
+        ("_netrc", f"machine api.wandb.ai login user password {KEY}", {}, "online"),
+        ("elsewhere", f"machine api.wandb.ai login user password {KEY}", {"NETRC": "~/elsewhere"}, "online"),
+        (".config/wandb/settings", f"[default]\napi_key = {KEY}", {}, "online"),
+        (".config/wandb/settings", "[default]\nmode = disabled", {"WANDB_API_KEY": KEY}, "disabled"),
+        (".config/wandb/settings", "[default]\nmode = offline", {"WANDB_API_KEY": KEY}, "offline"),
+        (".config/wandb/settings", "[default]\nmode = offline", {"WANDB_MODE": "online"}, "online"),
+        ("token", "a token", {"WANDB_IDENTITY_TOKEN_FILE": "~/token"}, "online"),
+        ("nothing", "", {"WANDB_API_KEY": "short"}, "online"),
+        ("nothing", "", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": KEY}, "offline"),
+    ],
+)
+def test_auto_looks_where_wandb_looks(
+    home: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, environment: dict[str, str], mode: str
 ) -> None:
-    (tmp_path / "home").mkdir()
-    netrc = tmp_path / "home/.netrc"
-    netrc.write_text("machine wandb.example login user password " + "k" * 40 + "\n")
-    netrc.chmod(0o600)
+    path = home / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content + "\n")
+    path.chmod(0o600)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose_mode("auto") == mode
+
+
+def test_another_wandb_is_asked_by_its_variable(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.sdk.lib import wbauth
+
+    monkeypatch.delattr(wbauth, "authenticate_session")
     assert choose_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_mode("auto") == "online"
 
 
@@ -291,6 +341,37 @@ def test_a_service_that_is_stopped_or_killed_ends_neither_the_run_nor_its_proces
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "alive"
     assert "pipeline wandb-sync RUN" in done.stdout
+
+
+@pytest.mark.parametrize("key", [KEY, "short"], ids=["silent", "wrong-key"])
+def test_a_service_that_does_not_answer_holds_up_the_start_for_a_while_only(
+    home: Path, tmp_path: Path, key: str
+) -> None:
+    """A port where somebody listens and says nothing; W&B's own patience is a minute and a half."""
+    script = (
+        "import socket, sys, time\n"
+        "from pathlib import Path\n"
+        "from pipeline import tracking\n"
+        "from pipeline.experiment import Wandb\n"
+        "tracking._INIT_TIMEOUT = tracking._FINISH_TIMEOUT = 1.0\n"
+        "before = time.monotonic()\n"
+        "tracker = tracking.start_tracker(Wandb(), experiment='e', name='sft-001', stage='sft',\n"
+        "    folder=Path(sys.argv[1]), config={}, say=print)\n"
+        "assert time.monotonic() - before < 30, time.monotonic() - before\n"
+        "assert tracker.describe()['mode'] == 'offline'\n"
+        "tracker.finish({'status': 'finished'})\n"
+    )
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        there = {"WANDB_API_KEY": key, "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **there},
+        )
+    assert done.returncode == 0, done.stderr
+    assert "the run is tracked offline" in done.stdout
 
 
 class Taking:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeline.data.bounds import BoundError, time_limit
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, comes_from
 from pipeline.machine import is_out_of_memory
 from pipeline.model.fixed_lora import factors_of, fixed_loras
 from pipeline.model.precision import dequantize, is_quantized
@@ -274,8 +274,8 @@ def load_adapter(base: Any, folder: Path, *, is_trainable: bool) -> Any:
             model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
         # Loaded once more, for PEFT to say what did not match: an adapter of a deeper or shallower base.
         result = model.load_adapter(folder, "default", is_trainable=is_trainable)
-    except Exception as error:  # a configuration of strangers: any value may stand at any key
-        if is_out_of_memory(error):
+    except Exception as error:  # a configuration of strangers: any value may stand at any key, and PEFT checks few
+        if is_out_of_memory(error) or not comes_from(error, "peft"):
             raise
         raise _misfit(folder, " ".join(str(error).split())[:300]) from error
     if result.unexpected_keys:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, comes_from
 from pipeline.experiment import DpoAdapter, Lora, Unfreeze
 from pipeline.model.adapter import (
     FIXED_BIAS,
@@ -56,6 +56,8 @@ def new_policy(base: Any, config: Any) -> Any:
     try:
         policy = get_peft_model(base, config)
     except (TypeError, ValueError) as error:  # layers that LoRA cannot go on, or a rank too high for the initialisation
+        if not comes_from(error, "peft"):
+            raise
         raise PipelineError(
             f"PEFT refuses this adapter on {type(base).__name__}: {' '.join(str(error).split())[:300]}",
             code="unsupported-scope",

@@ -20,7 +20,7 @@ from rich.table import Table
 from pipeline.data.aside import SetAside, count_codes
 from pipeline.data.check import CheckedRows, Report
 from pipeline.data.tokenised import Counted
-from pipeline.errors import ExitCode, PipelineError, PipelineErrors
+from pipeline.errors import ExitCode, PipelineError, PipelineErrors, comes_from
 from pipeline.evaluation.questions import Question
 from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
 from pipeline.experiment_file import dump_experiment, load_experiment
@@ -288,6 +288,8 @@ def build_trainer(kind: type[Any], *, model: Any, **given: Any) -> Any:
         with as_it_trains(model):
             return kind(model=model, **given)
     except (ValueError, NotImplementedError) as error:
+        if not any(comes_from(error, library) for library in ("trl", "transformers", "accelerate")):
+            raise
         raise PipelineError(
             f"TRL refuses this configuration: {' '.join(str(error).split())[:400]}",
             code="refused-option",

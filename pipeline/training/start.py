@@ -129,7 +129,8 @@ def _require_saved_tokenizer(name: str, folder: Path, ground: Ground) -> None:
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Left out, the last one has Transformers ask at the terminal whether the folder's code may run.
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # of whatever library wrote it: then there is nothing to compare
         return
     if tokenizer_sha256(theirs) != tokenizer_sha256(ground.tokenizer):

@@ -148,6 +148,7 @@ def train_side(
             key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
             store = ReferenceStore(folder / f"references-{time.time_ns()}", key)
             trainer.keep_reference(KeptReference(store, 0.02, print))
+            trainer.begins_as_reference = True  # `pipeline dpo` sees the proof's pairs score alike, to the bit
         else:
             trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
         trainer.add_callback(Record())

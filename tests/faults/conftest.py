@@ -176,7 +176,8 @@ class Arena:
         """Kills a new run at each of some calls.
 
         Its process prepares once. Where the training loop would begin, a fork of it trains for each of the kills, and
-        what that one left is taken away before the next one begins, on the folder as it was.
+        what that one left is taken away before the next one begins, on the folder as it was. No two runs make quite the
+        same number of calls: one that ends before its call does so again with an earlier one.
 
         Returns:
             A root for each of the kills, with what it left.
@@ -188,13 +189,17 @@ class Arena:
             before = root / "before"
             shutil.copytree(root / "run", before)
             for call, target in zip(at, roots, strict=True):
-                child = os.fork()
-                if child == 0:
-                    kill_at_call(call)
-                    return
-                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                (root / "run").rename(target)
-                shutil.copytree(before, root / "run")
+                status = 0
+                while status == 0:
+                    shutil.rmtree(target, ignore_errors=True)
+                    child = os.fork()
+                    if child == 0:
+                        kill_at_call(call)
+                        return
+                    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                    (root / "run").rename(target)
+                    shutil.copytree(before, root / "run")
+                    call = call * 99 // 100
                 assert status == -signal.SIGKILL, f"{stage} {variant} at call {call}: {status}"
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -265,7 +270,8 @@ def ended(child: int, reader: int) -> Ended:
     with os.fdopen(reader) as stream:
         answer = stream.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    heard = json.loads(answer) if answer else {"said": "", "error": None, "message": ""}
+    # One that was killed has not answered: what stands there is of a fork of it.
+    heard = json.loads(answer) if answer and status >= 0 else {"said": "", "error": None, "message": ""}
     return Ended(status, **heard)
 
 

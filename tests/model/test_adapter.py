@@ -319,6 +319,19 @@ def test_an_adapter_of_another_base_is_refused_and_leaves_no_trace(
     assert not hasattr(base, "peft_config")
 
 
+@pytest.mark.parametrize("place", ["peft.PeftModel.from_pretrained", "peft.utils.save_and_load.safe_load_file"])
+def test_a_defect_of_ours_is_not_taken_for_a_wrong_adapter(
+    make_model: Make, write_adapter: Write, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """PEFT called with what it does not know, and code of ours that PEFT calls."""
+    folder, _ = write_adapter(make_model())
+    defect: dict[str, Any] = {"__name__": "pipeline.somewhere"}
+    exec("def called(*given, **more): raise TypeError('a defect')", defect)
+    monkeypatch.setattr(place, defect["called"])
+    with pytest.raises(TypeError), attached(make_model(), folder):
+        pass
+
+
 def test_an_adapter_for_layers_that_the_base_has_not_is_refused(make_model: Make, write_adapter: Write) -> None:
     folder, _ = write_adapter(make_model("gpt2"), **GPT2_LORA)
     assert refusal(make_model("llama"), folder).code == "adapter-mismatch"

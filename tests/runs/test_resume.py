@@ -14,7 +14,7 @@ from pipeline.runs.lock import locked
 from pipeline.runs.resume import Resume, changes_since, find_resumption, require_unchanged
 from pipeline.runs.run import Run, create_run, read_run
 
-MANIFEST = {
+MANIFEST: dict[str, Any] = {
     "data": [{"use": "train", "path": "a.jsonl", "sha256": "aa", "rows": 12}],
     "base": {"id": "a", "sha256": "bb", "quantize": "none"},
     "tokenizer": {"template_sha256": "cc"},
@@ -115,9 +115,14 @@ def test_a_run_that_is_written_to_is_left_alone(tmp_path: Path) -> None:
         ({"tokenizer": {"template_sha256": "c2"}}, "chat template: cc then, c2 now"),
         ({"placement": {**MANIFEST["placement"], "world_size": 2}}, "processes (world size): 1 then, 2 now"),
         ({"placement": {**MANIFEST["placement"], "device": "cuda"}}, "device: cpu then, cuda now"),
-        ({"versions": {**MANIFEST["versions"], "peft": "1.1"}}, "version of peft: 1.0 then, 1.1 now"),
+        ({"placement": {**MANIFEST["placement"], "dtype": "bfloat16"}}, "precision: float32 then, bfloat16 now"),
+        ({"base": {**MANIFEST["base"], "quantize": "nf4"}}, "quantisation: none then, nf4 now"),
+        *(
+            ({"versions": {**MANIFEST["versions"], library: "1.1"}}, f"version of {library}: 1.0 then, 1.1 now")
+            for library in MANIFEST["versions"]
+        ),
     ],
-    ids=["data", "no-data", "base", "template", "world-size", "device", "version"],
+    ids=["data", "no-data", "base", "template", "world-size", "device", "precision", "quantize", *MANIFEST["versions"]],
 )
 def test_each_change_of_the_ground_is_named(
     tmp_path: Path, write_experiment: Any, change: dict[str, Any], said: str
@@ -154,6 +159,13 @@ def test_no_link_is_followed_out_of_the_folder_of_runs(tmp_path: Path, name: str
         (run.path / name).rename(outside)
     (run.path / name).symlink_to(outside)
     assert refusal(root).code == "outside"
+
+
+def test_a_run_behind_a_link_is_not_gone_on_with(tmp_path: Path) -> None:
+    begun(tmp_path / "elsewhere", 3)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/lights").symlink_to(tmp_path / "elsewhere/lights")
+    assert refusal(tmp_path / "runs").code == "outside"
 
 
 def test_a_run_is_not_begun_behind_a_link(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import PipelineError
 from pipeline.experiment import LossType
 from pipeline.experiment_file import load_experiment
+from pipeline.training import dpo as dpo_module
 from pipeline.training.dpo import run_dpo
 
 LN2 = math.log(2)
@@ -85,3 +86,12 @@ def test_what_trl_refuses_for_this_model_is_said_in_our_words(train: Callable[..
     with pytest.raises(PipelineError, match="TRL refuses this configuration: `router_aux_loss_coef` is set") as caught:
         train(options={"router_aux_loss_coef": 0.1})
     assert caught.value.code == "refused-option"
+
+
+def test_a_defect_of_ours_is_no_refusal_of_trl(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constructor is TRL's, and calls code of ours, which breaks."""
+    defect: dict[str, Any] = {"__name__": "pipeline.somewhere"}
+    exec("def called(*given, **more): raise ValueError('a defect')", defect)
+    monkeypatch.setattr(dpo_module._Trainer, "_prepare_dataset", defect["called"])
+    with pytest.raises(ValueError, match="a defect"):
+        train()

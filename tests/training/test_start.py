@@ -192,6 +192,22 @@ def test_a_foreign_adapter_with_another_tokenizer_or_template_is_refused(
     )
 
 
+def test_code_beside_a_foreign_adapter_is_neither_run_nor_asked_about(
+    ground_of: Callable[..., Ground], write_foreign: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers asks at the terminal, where it is not told; here somebody says yes."""
+    folder, ground = write_foreign(), ground_of()
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    require_same_ground("foreign", folder, None, ground, "none", print)
+    assert asked == []
+    assert not (folder / "ran").exists()
+
+
 def test_an_edited_configuration_of_a_run_is_refused(
     write_experiment: Callable[..., Path], tmp_path: Path, console: Any
 ) -> None:
