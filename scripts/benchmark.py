@@ -6,7 +6,7 @@ python scripts/benchmark.py partial --data preferences.jsonl --precision exact -
 Same rows, seed, batch order and settings; the sides alternate, each in a process of its own. `ratio_default` is the
 time of TRL as it comes over ours, `ratio_tuned` that of TRL tuned; `roofline_fraction` the operations that cannot be
 left out over what the processor could have done in our time, by its measured float32 matrix product. With
-`--same-memory`, `batch_in_same_memory` is the largest batch of ours that takes no more memory than TRL's.
+`--same-memory`, `batch_in_same_memory` is the largest batch of ours that takes no more memory than TRL tuned.
 """
 
 from __future__ import annotations

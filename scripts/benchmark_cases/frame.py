@@ -79,21 +79,26 @@ def grow(
         precision: ours.
         work: of the case.
         batch: with which the sides have run.
-        sides: what they found; the smaller of TRL's peaks is the bound.
+        sides: what they found.
 
     Returns:
-        `batch_of_trl`; `batch_in_same_memory`, the largest of ours within the bound (None where not even TRL's is);
-        and `peak_memory_by_batch` of those tried.
+        `batch_of_trl`; `batch_in_same_memory`, the largest of ours in the memory of TRL tuned, which keeps all
+        activations as ours does; `batch_in_default_memory`, in that of TRL as it comes, which computes them again; None
+        where not even TRL's batch is; and `peak_memory_by_batch` of those tried.
     """
-    bound = min(side["peak_memory"] for name, side in sides.items() if name != "ours")
     peaks = {batch: sides["ours"]["peak_memory"]}
-    while peaks[batch] <= bound and 2 * batch <= work.rows:
+
+    def largest(bound: int) -> int | None:
+        return max((size for size, peak in peaks.items() if peak <= bound), default=None)
+
+    tuned, default = (sides[name]["peak_memory"] for name in ("trl-tuned", "trl"))
+    while peaks[batch] <= max(tuned, default) and 2 * batch <= work.rows:
         batch *= 2
         peaks[batch] = run_side(case, folder, "ours", precision, batch)["peak_memory"]
-    within = [size for size, peak in peaks.items() if peak <= bound]
     return {
         "batch_of_trl": min(peaks),
-        "batch_in_same_memory": max(within, default=None),
+        "batch_in_same_memory": largest(tuned),
+        "batch_in_default_memory": largest(default),
         "peak_memory_by_batch": peaks,
     }
 
@@ -170,6 +175,7 @@ def describe(work: Work, figures: dict[str, Any]) -> str:
     if "batch_of_trl" in figures:
         tried = ", ".join(f"{size}: {peak / 2**20:,.0f}" for size, peak in figures["peak_memory_by_batch"].items())
         lines.append(f"{'batch_in_same_memory':<24}{figures['batch_in_same_memory']}, TRL's {figures['batch_of_trl']}")
+        lines.append(f"{'batch_in_default_memory':<24}{figures['batch_in_default_memory']}")
         lines.append(f"(peak MiB by batch: {tried}; {work.rows} rows)")
     lines.append(f"(matrix product: {figures['matmul_peak'] / 1e9:.0f} GFLOP/s in float32)")
     return "\n".join(lines)
