@@ -21,9 +21,9 @@ from pipeline.model.scope import Trainable
 from pipeline.report.page import write_report
 from pipeline.runs.resume import Resume, data_changes, experiment_changes, require_unchanged
 from pipeline.runs.run import Run, list_runs, read_run
+from pipeline.training.account import Outcome, split_files
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
-from pipeline.training.stage import Outcome, split_files
 from pipeline.validation import require_experiment_data
 
 

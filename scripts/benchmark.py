@@ -55,8 +55,7 @@ def main() -> None:
     arguments = _arguments()
     case = importlib.import_module(f"benchmark_cases.{arguments.case}")
     if arguments.side:
-        from pipeline.model.device import place
-        from pipeline.training.stage import peak_memory
+        from pipeline.model.device import peak_memory, place
 
         found = case.train(arguments.folder, arguments.side, arguments.precision, arguments.batch)
         found["peak_memory"] = peak_memory(place("cpu", "float32"))

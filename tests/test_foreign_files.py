@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.experiment_file import load_experiment
 from pipeline.model.ground import prepare_ground
-from pipeline.training.stage import manifest_of
+from pipeline.training.account import manifest_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pipeline"
 READERS = {"dill", "cloudpickle", "joblib", "shelve", "marshal"}

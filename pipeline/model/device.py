@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,3 +135,15 @@ def available_memory(device: torch.device) -> int | None:
     except (OSError, ValueError):
         pass
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def peak_memory(placement: Placement) -> int:
+    """The most memory used so far, in bytes: the GPU's, or the process's on a CPU."""
+    if placement.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(placement.device))
+    try:  # what `getrusage` says on Linux counts the process that started this one
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.experiment import Dpo, Experiment, Sft, Unfreeze
 from pipeline.model.base import BaseFiles
-from pipeline.model.device import Placement, place
+from pipeline.model.device import Placement, peak_memory, place
 from pipeline.model.ground import quiet_libraries
 from pipeline.model.scope import Trainable, trainable_of
 from pipeline.plan.fit import settle_checkpointing
@@ -21,8 +21,7 @@ from pipeline.plan.rhythm import Rows, Steps, checkpoints_kept, count_rows, larg
 from pipeline.plan.speed import Speed, measured_speed
 from pipeline.plan.trace import Batch
 from pipeline.runs.run import Stage
-from pipeline.training.arguments import dpo_config, sft_config
-from pipeline.training.stage import peak_memory, require_options
+from pipeline.training.arguments import dpo_config, require_options, sft_config
 
 
 @dataclass(frozen=True)

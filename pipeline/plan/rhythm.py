@@ -16,8 +16,8 @@ from pipeline.model.base import BaseFiles, load_tokenizer
 from pipeline.plan.outline import holds_tokenizer
 from pipeline.plan.trace import Batch
 from pipeline.runs.run import Stage
+from pipeline.training.account import say_counts
 from pipeline.training.engine.joint import joint_sizes
-from pipeline.training.stage import say_counts
 
 
 class Length(NamedTuple):

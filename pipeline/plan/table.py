@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.plan.plan import Plan, StagePlan
-from pipeline.training.stage import say_trainable
+from pipeline.training.account import say_trainable
 
 _PARTS = {
     "weights": "base weights",

@@ -31,8 +31,17 @@ from pipeline.plan.rhythm import pair_length
 from pipeline.runs.resume import Resume, Resumption, find_resumption
 from pipeline.runs.run import Run, newest_finished
 from pipeline.tracking import require_tracking
-from pipeline.training.arguments import dpo_config
-from pipeline.training.engine.head import compact_head
+from pipeline.training.account import (
+    Outcome,
+    data_entry,
+    manifest_of,
+    places_of,
+    say_counts,
+    say_trainable,
+    split_files,
+)
+from pipeline.training.arguments import dpo_config, require_optimizer, require_options
+from pipeline.training.dry_run import dry_run_of, longest, say_dry_run
 from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
@@ -53,23 +62,7 @@ from pipeline.training.proof import (
     tolerance_for,
     write_proof,
 )
-from pipeline.training.stage import (
-    Outcome,
-    begin,
-    build_trainer,
-    data_entry,
-    dry_run_of,
-    longest,
-    manifest_of,
-    places_of,
-    require_optimizer,
-    require_options,
-    say_counts,
-    say_dry_run,
-    say_trainable,
-    split_files,
-    train,
-)
+from pipeline.training.stage import begin, build_trainer, train
 from pipeline.training.start import find_adapter, require_same_ground
 from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.watch.samples import sample_questions
@@ -255,21 +248,17 @@ def _run_dpo(
         parent=origin.name,
         reference={"hash": named, **{f"adapter_{name}": value for name, value in origin.hashes.items()}},
     )
-    with (
-        begin(
-            experiment,
-            "dpo",
-            root,
-            manifest,
-            console.print,
-            dry_run=dry_run,
-            resumption=resumption,
-            budget=budget,
-        ) as (run, tracker),
-        compact_head(ground.placement.device),
-        multiplication(experiment.engine.precision, ground.placement.device) as products,
-    ):
-        console.print(products.words, highlight=False)
+    with begin(
+        experiment,
+        "dpo",
+        root,
+        manifest,
+        console.print,
+        placement=ground.placement,
+        dry_run=dry_run,
+        resumption=resumption,
+        budget=budget,
+    ) as (run, tracker, products):
         tolerance = tolerance_for(ground.placement.dtype, experiment.model.quantize, rounds=products.round)
         if is_first():
             write_set_aside(run.path, set_aside)

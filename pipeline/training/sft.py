@@ -22,31 +22,23 @@ from pipeline.plan.fit import Budget, settle_checkpointing, within_memory
 from pipeline.plan.rhythm import demonstration_length
 from pipeline.runs.resume import Resume, find_resumption
 from pipeline.tracking import require_tracking
-from pipeline.training.arguments import sft_config
-from pipeline.training.engine.demonstrations import DemonstrationTrainer
-from pipeline.training.engine.head import compact_head
-from pipeline.training.engine.linear import join_products
-from pipeline.training.engine.padding_free import leave_padding_out
-from pipeline.training.engine.precision import multiplication
-from pipeline.training.keeper import Resumable
-from pipeline.training.processes import is_first, join_processes, wait_for_first
-from pipeline.training.stage import (
+from pipeline.training.account import (
     Outcome,
-    begin,
-    build_trainer,
     data_entry,
-    dry_run_of,
-    longest,
     manifest_of,
     places_of,
-    require_optimizer,
-    require_options,
     say_counts,
-    say_dry_run,
     say_trainable,
     split_files,
-    train,
 )
+from pipeline.training.arguments import require_optimizer, require_options, sft_config
+from pipeline.training.dry_run import dry_run_of, longest, say_dry_run
+from pipeline.training.engine.demonstrations import DemonstrationTrainer
+from pipeline.training.engine.linear import join_products
+from pipeline.training.engine.padding_free import leave_padding_out
+from pipeline.training.keeper import Resumable
+from pipeline.training.processes import is_first, join_processes, wait_for_first
+from pipeline.training.stage import begin, build_trainer, train
 from pipeline.training.watch.evaluation import UnfeltEvaluation
 from pipeline.training.watch.samples import sample_questions
 
@@ -130,21 +122,17 @@ def _run_sft(
     set_seed(experiment.seed)  # the adapter starts at random
     policy = new_policy(base, adapter_config)
     manifest = manifest_of(experiment, ground, data, parent=None)
-    with (
-        begin(
-            experiment,
-            "sft",
-            root,
-            manifest,
-            console.print,
-            dry_run=dry_run,
-            resumption=resumption,
-            budget=budget,
-        ) as (run, tracker),
-        compact_head(ground.placement.device),
-        multiplication(experiment.engine.precision, ground.placement.device) as products,
-    ):
-        console.print(products.words, highlight=False)
+    with begin(
+        experiment,
+        "sft",
+        root,
+        manifest,
+        console.print,
+        placement=ground.placement,
+        dry_run=dry_run,
+        resumption=resumption,
+        budget=budget,
+    ) as (run, tracker, products):
         if is_first():
             write_set_aside(run.path, set_aside)
         trainer = build_trainer(

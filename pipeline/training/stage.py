@@ -1,44 +1,35 @@
-"""What both stages share: the base and its tokenizer, the run's life, its account at the end."""
+"""The life of a run: begun, trained, gone on with, and ended as what it is."""
 
 from __future__ import annotations
 
-import os
-import re
-import resource
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
-from pipeline.data.aside import SetAside, count_codes
-from pipeline.data.check import CheckedRows, Report
-from pipeline.data.tokenised import Counted
-from pipeline.errors import ExitCode, PipelineError, PipelineErrors, comes_from
+from pipeline.errors import ExitCode, PipelineError, comes_from
 from pipeline.evaluation.questions import Question
-from pipeline.experiment import Dpo, Experiment, Sft, Split, Unfreeze
+from pipeline.experiment import Experiment, Unfreeze
 from pipeline.experiment_file import dump_experiment, load_experiment
 from pipeline.machine import machine_failure
-from pipeline.model.base import require_bitsandbytes, template_sha256, tokenizer_sha256
 from pipeline.model.device import Placement
-from pipeline.model.ground import Ground, Say
+from pipeline.model.ground import Say
 from pipeline.model.precision import as_it_trains
-from pipeline.model.scope import Trainable, is_opened
+from pipeline.model.scope import is_opened
 from pipeline.redaction import hide
 from pipeline.runs.checkpoints import drop_newer
 from pipeline.runs.files import sweep, write_atomically
 from pipeline.runs.lock import locked
-from pipeline.runs.provenance import provenance
 from pipeline.runs.resume import COMPARED, Resumption, changes_since, require_unchanged
 from pipeline.runs.run import Run, Stage, create_run, now, read_run
 from pipeline.tracking import Mirrors, TensorBoard, start_tracker
 from pipeline.training.callbacks import Guard, Recorder
+from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.precision import Products, multiplication
 from pipeline.training.keeper import Keeper
 from pipeline.training.processes import Agreement, agree_on_run, is_first, require_processes
 from pipeline.training.watch.evaluation import PairwiseEvaluation
@@ -46,180 +37,9 @@ from pipeline.training.watch.history import Setting
 from pipeline.training.watch.samples import Sampler
 from pipeline.training.watch.screen import Screen
 from pipeline.training.watch.watcher import Watcher
-from pipeline.trl_options import check_options
 
 if TYPE_CHECKING:
     from pipeline.plan.fit import Budget
-
-_S = TypeVar("_S", Sft, Dpo)
-DRY_RUN_STEPS = 3
-_BITSANDBYTES = re.compile(r"paged|bnb|^(adamw|ademamix|lion)_8bit$")
-"""The optimizers of Transformers' `optim` that are bitsandbytes'."""
-
-
-def require_options(stage: Stage, options: dict[str, Any]) -> None:
-    """Checks a stage's `options` against the fields of TRL's configuration.
-
-    Raises:
-        PipelineErrors: every one that is unknown, of another type, or would break a promise.
-    """
-    problems = check_options(stage, options)
-    if problems:
-        raise PipelineErrors(problems)
-
-
-def require_optimizer(stage: Stage, options: dict[str, Any], placement: Placement) -> None:
-    """Checks that the optimizer that `options` name is to be had here.
-
-    Raises:
-        PipelineError: it is one of bitsandbytes, which is not installed, or needs a GPU that is not there.
-    """
-    optim, pointer = str(options.get("optim", "")), f"/{stage}/options/optim"
-    if not _BITSANDBYTES.search(optim):
-        return
-    require_bitsandbytes(f"`optim: {optim}`", pointer)
-    if "paged" in optim and placement.device.type != "cuda":
-        raise PipelineError(
-            f"`optim: {optim}` pages its state between GPU and CPU memory, and this runs on {placement.describe()}",
-            code="conflict",
-            pointer=pointer,
-            mend="use `adamw_8bit`, or remove the line",
-        )
-
-
-def manifest_of(experiment: Experiment, ground: Ground, data: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """What `run.json` holds from the start."""
-    return {
-        "name": experiment.name,
-        "seed": experiment.seed,
-        "base": {
-            "id": ground.files.id,
-            "revision": ground.files.revision,
-            "sha256": ground.base_sha256,
-            "trust_remote_code": experiment.model.trust_remote_code,
-            "quantize": experiment.model.quantize,
-        },
-        "tokenizer": {
-            "sha256": tokenizer_sha256(ground.tokenizer),
-            "template_sha256": template_sha256(ground.tokenizer),
-        },
-        "device": ground.placement.describe(),
-        "placement": {
-            "device": ground.placement.device.type,
-            "dtype": str(ground.placement.dtype).removeprefix("torch."),
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        },
-        "data": data,
-        "metrics": {},
-        **provenance(),
-        **more,
-    }
-
-
-def split_files(split: Split) -> dict[str, str]:
-    """The files that are given, by their use: `train`, and `eval` where there is one."""
-    return {"train": split.train} if split.eval is None else {"train": split.train, "eval": split.eval}
-
-
-def data_entry(report: Report, use: str, counted: Counted, set_aside: Sequence[SetAside]) -> dict[str, Any]:
-    """One file of the manifest's `data`: what it is, what tokenising did to its rows, and how many are left out."""
-    return {
-        "path": report.file,
-        "use": use,
-        "kind": report.kind,
-        "sha256": report.sha256,
-        "rows": report.rows,
-        "tokens": counted.as_dict(),
-        "set_aside": {"rows": len(set_aside), "codes": count_codes(set_aside)},
-    }
-
-
-def places_of(rows: CheckedRows[Any], counted: Counted) -> list[str]:
-    """Where the rows that tokenising left are: `file:line`, and the pointer in a JSON array."""
-    left_out = {(one.line, one.pointer) for one in counted.set_aside}
-    places = zip((row.line for row in rows), rows.pointers, strict=True)
-    return [
-        f"{counted.file}:{line}{pointer and ' ' + pointer}"
-        for line, pointer in places
-        if (line, pointer) not in left_out
-    ]
-
-
-def say_counts(say: Say, use: str, counted: Counted, set_aside: Sequence[SetAside]) -> None:
-    """What tokenising did, in a line or a few; rows that are left out are never silent."""
-    say(
-        f"{use}: {counted.used:,} rows, {counted.tokens:,} tokens ({counted.loss_tokens:,} in the loss), "
-        f"longest {counted.longest:,}"
-    )
-    for line in counted.describe():
-        say(f"  {line}")
-    if set_aside:
-        why = ", ".join(f"{code} {count:,}" for code, count in count_codes(set_aside).items())
-        say(f"  {len(set_aside):,} rows cannot be trained on: {why}")
-
-
-def say_trainable(console: Console, trainable: Trainable, adapter_rate: float, unfreeze: Unfreeze) -> None:
-    """The account of what trains, before the first step."""
-    rates = {"adapter": adapter_rate, "opened": unfreeze.learning_rate}
-    table = Table(title="trainable", title_justify="left", box=None, pad_edge=False)
-    for heading in ("modules", "count"):
-        table.add_column(heading, justify="right" if heading == "count" else "left")
-    for module, count in trainable.modules.items():
-        table.add_row(module, str(count))
-    console.print(table)
-    for kind, count in trainable.beyond_lora.items():
-        console.print(f"without LoRA: {kind} ({count}), which no linear layer holds; it stays frozen", highlight=False)
-    if trainable.unties_head:
-        console.print("the head was tied to the embeddings; opened, it is a matrix of its own, here and in the adapter")
-    for group, parameters in trainable.groups.items():
-        console.print(f"{group}: {parameters:,} parameters at learning rate {rates[group]:g}", highlight=False)
-    console.print(
-        f"trainable params: {trainable.parameters:,} || all params: {trainable.all_parameters:,} || "
-        f"trainable%: {trainable.percent:.4f}",
-        highlight=False,
-    )
-
-
-def split_learning_rates(optimizer: Any, model: torch.nn.Module, opened_rate: float) -> Any:
-    """Gives the opened weights parameter groups of their own, at their own learning rate, behind the others.
-
-    The groups' other settings stay, so weight decay still spares norms and biases.
-    """
-    opened = {id(parameter) for name, parameter in model.named_parameters() if is_opened(name)}
-    groups = list(optimizer.param_groups)
-    optimizer.param_groups.clear()
-    behind = []
-    for group in groups:
-        theirs = [parameter for parameter in group["params"] if id(parameter) in opened]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in opened]
-        if group["params"]:
-            optimizer.param_groups.append(group)
-        if theirs:
-            behind.append({**group, "params": theirs, "lr": opened_rate})
-    optimizer.param_groups.extend(behind)
-    return optimizer
-
-
-@dataclass
-class Outcome:
-    """What a stage leaves; `as_dict` is its JSON."""
-
-    run: Path | None
-    """None for a dry run, which leaves none."""
-    status: str
-    metrics: dict[str, Any]
-    trainable: Trainable
-    more: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """`run`, `status`, `metrics` and more."""
-        return {
-            "run": None if self.run is None else str(self.run),
-            "status": self.status,
-            "metrics": self.metrics,
-            **self.trainable.as_dict(),
-            **self.more,
-        }
 
 
 @contextmanager
@@ -230,11 +50,14 @@ def begin(
     manifest: dict[str, Any],
     say: Say,
     *,
+    placement: Placement,
     dry_run: bool,
     resumption: Resumption | None = None,
     budget: Budget | None = None,
-) -> Iterator[tuple[Run, Mirrors]]:
+) -> Iterator[tuple[Run, Mirrors, Products]]:
     """A run folder, locked, and its trackers, all closed with the right status however the work inside ends.
+
+    While it is open, the head scores what counts, and products are made as the experiment has it.
 
     A dry run gets a folder that is gone afterwards, and no tracker.
 
@@ -272,8 +95,13 @@ def begin(
             tensorboard = [TensorBoard(run.path / "tensorboard")] if experiment.tracking.tensorboard else []
             tracker = Mirrors(wandb, *tensorboard)
         try:
-            with recorded(run, budget):
-                yield run, tracker
+            with (
+                recorded(run, budget),
+                compact_head(placement.device),
+                multiplication(experiment.engine.precision, placement.device) as products,
+            ):
+                say(products.words)
+                yield run, tracker, products
         finally:
             tracker.finish(run.manifest)
 
@@ -425,30 +253,6 @@ def _setting(args: Any, stage: str, experiment: Experiment, learning_rate: float
     )
 
 
-def dry_run_of(stage: _S) -> _S:
-    """The stage cut to a few steps, with no evaluation and no checkpoint."""
-    return stage.model_copy(update={"max_steps": DRY_RUN_STEPS, "eval_strategy": "no", "save_strategy": "no"})
-
-
-def longest(dataset: Any, stage: Sft | Dpo, length: Callable[[dict[str, Any]], int]) -> Any:
-    """The rows that need the most memory, as many as the steps of a dry run take, the longest first."""
-    count = DRY_RUN_STEPS * stage.per_device_train_batch_size * stage.gradient_accumulation_steps
-    lengths = [length(row) for row in dataset]
-    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
-    return dataset.select(order[:count])
-
-
-def say_dry_run(console: Console, metrics: dict[str, Any], placement: Placement) -> dict[str, Any]:
-    """What a dry run found out; also for its JSON."""
-    peak = peak_memory(placement)
-    console.print(
-        f"dry run: {DRY_RUN_STEPS} steps on the longest rows, loss {metrics['loss']:.4f}, "
-        f"peak memory {peak / 2**30:.2f} GiB; nothing is kept",
-        highlight=False,
-    )
-    return {"dry_run": True, "peak_memory_bytes": peak}
-
-
 @contextmanager
 def recorded(run: Run, budget: Budget | None = None) -> Iterator[None]:
     """Whatever ends the work inside, the manifest says it: never a run that is left looking alive or finished.
@@ -486,15 +290,3 @@ def recorded(run: Run, budget: Budget | None = None) -> Iterator[None]:
         if failure is None:
             raise
         raise failure from error
-
-
-def peak_memory(placement: Placement) -> int:
-    """The most memory used so far, in bytes: the GPU's, or the process's on a CPU."""
-    if placement.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(placement.device))
-    try:  # what `getrusage` says on Linux counts the process that started this one
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if sys.platform == "darwin" else used * 1024

@@ -170,7 +170,7 @@ def test_the_peak_of_memory_is_the_process_s_own_whoever_started_it() -> None:
     ballast = bytearray(2**30)
     ballast[::4096] = b"x" * len(ballast[::4096])
     code = (
-        "import torch; from pipeline.model.device import place; from pipeline.training.stage import peak_memory;"
+        "import torch; from pipeline.model.device import peak_memory, place;"
         "before = peak_memory(place('cpu', 'auto')); more = torch.ones(2**28 // 4);"
         "print(before, peak_memory(place('cpu', 'auto')))"
     )

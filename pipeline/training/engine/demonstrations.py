@@ -7,7 +7,7 @@ from typing import Any
 from trl import SFTTrainer
 
 from pipeline.training.engine.micro_batches import MicroBatches
-from pipeline.training.stage import split_learning_rates
+from pipeline.training.engine.rates import split_learning_rates
 
 
 class DemonstrationTrainer(MicroBatches, SFTTrainer):  # type: ignore[misc]

@@ -13,11 +13,11 @@ from trl import DPOTrainer
 from pipeline.model.anatomy import anatomy_of
 from pipeline.training.engine.joint import joint_sizes
 from pipeline.training.engine.micro_batches import ROWS, MicroBatches
+from pipeline.training.engine.rates import split_learning_rates
 from pipeline.training.engine.reference import COLUMNS, KeptReference
 from pipeline.training.engine.shared_prompt import SharedPrompt
 from pipeline.training.engine.trial import trial_rows, window_of
 from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
-from pipeline.training.stage import split_learning_rates
 
 _TRIAL_PAIRS = 2
 """On how many pairs a faster path is held against TRL's before it is taken; the proof goes on to hold it on more."""

@@ -43,8 +43,7 @@ def measure(folder: Path) -> None:
     """Forks a process for each side, which begins with what this one has imported, and writes the peaks down."""
     import importlib
 
-    from pipeline.model.device import place
-    from pipeline.training.stage import peak_memory
+    from pipeline.model.device import peak_memory, place
 
     for name in CASES:
         importlib.import_module(f"pipeline.training.{name}")
