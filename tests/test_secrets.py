@@ -138,7 +138,7 @@ def test_a_command_that_fails_says_no_secret(
         run("sft", path, "--set", setting)
         run("sft", path, "--set", setting, "--format", "json")
 
-    def leaky(*_: Any) -> Any:
+    def leaky(*_: Any, **__: Any) -> Any:
         raise RuntimeError(f"401 for token {CANARIES['HF_TOKEN']}")
 
     # Before there is a run, and in one, whose manifest says how it ended. With --debug the traceback of another

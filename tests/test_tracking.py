@@ -234,8 +234,9 @@ def test_a_tracker_that_cannot_start_leaves_the_run_alone(tmp_path: Path, monkey
     import wandb
 
     def broken(**arguments: Any) -> Any:
-        raise RuntimeError("no service")
+        raise RuntimeError(f"no service takes {KEY}")
 
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb, "init", broken)
     said: list[str] = []
     tracker = start_tracker(
@@ -247,6 +248,7 @@ def test_a_tracker_that_cannot_start_leaves_the_run_alone(tmp_path: Path, monkey
     assert len(said) == 2
     assert "tracked offline" in said[0]
     assert "metrics.jsonl holds everything" in said[1]
+    assert "no service takes ***" in said[1]
 
 
 def test_a_killed_process_of_wandb_does_not_end_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
