@@ -5,7 +5,8 @@ python scripts/benchmark.py partial --data preferences.jsonl --precision exact -
 
 Same rows, seed, batch order and settings; the sides alternate, each in a process of its own. `ratio_default` is the
 time of TRL as it comes over ours, `ratio_tuned` that of TRL tuned; `roofline_fraction` the operations that cannot be
-left out over what the processor could have done in our time, by its measured float32 matrix product.
+left out over what the processor could have done in our time, by its measured float32 matrix product. With
+`--same-memory`, `batch_in_same_memory` is the largest batch of ours that takes no more memory than TRL tuned.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmark_cases import frame
 
@@ -33,10 +33,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=("auto", "exact", "fast"), default="auto", help="ours (default: %(default)s)"
     )
+    parser.add_argument("--model", default="builtin:smollm2-135m", help="a folder, or (default) %(default)s")
+    parser.add_argument(
+        "--same-memory", action="store_true", help="also ours in batches twice as large, and so on, up to TRL's memory"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text")
-    for name in ("side", "folder", "result"):  # how it calls itself
-        parser.add_argument(f"--{name}", type=str if name == "side" else Path, help=argparse.SUPPRESS)
+    own: dict[str, Any] = {"side": str, "folder": Path, "result": Path, "batch": int}
+    for name, kind in own.items():  # how it calls itself
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _model(name: str) -> Path:
+    from pipeline.model.builtin import builtin_model
+
+    return builtin_model(name) if name.startswith("builtin:") else Path(name).resolve(strict=True)
 
 
 def main() -> None:
@@ -44,21 +55,27 @@ def main() -> None:
     arguments = _arguments()
     case = importlib.import_module(f"benchmark_cases.{arguments.case}")
     if arguments.side:
-        found = case.train(arguments.folder, arguments.side, arguments.precision)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found["peak_memory"] = used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB
+        from pipeline.model.device import place
+        from pipeline.training.stage import peak_memory
+
+        found = case.train(arguments.folder, arguments.side, arguments.precision, arguments.batch)
+        found["peak_memory"] = peak_memory(place("cpu", "float32"))
         arguments.result.write_text(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / frame.BASE).symlink_to(_model(arguments.model), target_is_directory=True)
         work = case.prepare(folder, arguments.data, arguments.rows)
+        how = arguments.case, folder
         runs = [
-            {side: frame.run_side(arguments.case, folder, side, arguments.precision) for side in frame.SIDES}
+            {side: frame.run_side(*how, side, arguments.precision, case.BATCH) for side in frame.SIDES}
             for _ in range(arguments.repeats)
         ]
-    sides = {side: frame.average([run[side] for run in runs]) for side in frame.SIDES}
-    figures = {"case": arguments.case, "precision": arguments.precision}
-    figures |= frame.compare(work, sides, frame.matmul_peak())
+        sides = {side: frame.average([run[side] for run in runs]) for side in frame.SIDES}
+        figures = {"case": arguments.case, "precision": arguments.precision}
+        figures |= frame.compare(work, sides, frame.matmul_peak())
+        if arguments.same_memory:
+            figures |= frame.grow(*how, arguments.precision, work, case.BATCH, sides)
     print(json.dumps(figures) if arguments.format == "json" else frame.describe(work, figures))
 
 

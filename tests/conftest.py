@@ -12,24 +12,12 @@ import pytest
 import yaml
 
 from pipeline.data.rows import Preference
+from tests.tiny import LLAMA, config_of, make_tokenizer, save_model, splits_of
 
 # Before any library reads them: no hub, no tracking server, the same sums on every machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_MODE", None)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--record` writes the recorded trajectories of tests/invariant anew."""
-    parser.addoption("--record", action="store_true", help="write the recorded trajectories anew")
-
-
-TINY_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -44,51 +32,14 @@ def own_references(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Byte-level, ChatML, and its pad token is its eos token, as SmolLM2's is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(
-        ["The red light is on.", "The printer is on fire.", "It works again, thank you!"] * 4, trainer
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = TINY_TEMPLATE
-    return tokenizer
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of four blocks and some fifty thousand parameters, head tied, saved with its tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    config = config_of("Llama", tiny_tokenizer, **LLAMA)
+    return save_model(tmp_path_factory.mktemp("tiny-llama"), config, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -134,13 +85,7 @@ def definition(tiny_folder: Path, tiny_data: dict[str, Path]) -> dict[str, Any]:
         "name": "lights",
         "seed": 3,
         "model": {"id": str(tiny_folder), "device": "cpu"},
-        "data": {
-            "demonstrations": {
-                "train": str(tiny_data["demonstrations"]),
-                "eval": str(tiny_data["demonstrations-eval"]),
-            },
-            "preferences": {"train": str(tiny_data["preferences"]), "eval": str(tiny_data["preferences-eval"])},
-        },
+        "data": splits_of(tiny_data),
         "scope": {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}},
         "sft": {**rhythm, "num_train_epochs": 4, "learning_rate": 5.0e-2},
         "dpo": {**rhythm, "num_train_epochs": 2, "learning_rate": 5.0e-3},
@@ -221,27 +166,14 @@ def preferences(request: pytest.FixtureRequest) -> list[Preference]:
 @pytest.fixture(scope="session")
 def make_model(tiny_tokenizer: Any) -> Callable[..., Any]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    # So that answers differ from prompt to prompt.
+    shape = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": False, "initializer_range": 0.3}
 
     def make(seed: int = 0, **changes: Any) -> Any:
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            **{
-                "vocab_size": len(tiny_tokenizer),
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.3,  # so that answers differ from prompt to prompt
-                "bos_token_id": None,
-                "eos_token_id": tiny_tokenizer.eos_token_id,
-                "pad_token_id": tiny_tokenizer.pad_token_id,
-                **changes,
-            }
-        )
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(config_of("Llama", tiny_tokenizer, **{**shape, **changes})).eval()
 
     return make
 

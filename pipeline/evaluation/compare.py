@@ -123,6 +123,7 @@ def compare(
                 model,
                 completions,
                 batch_size=asked.scoring_batch_size,
+                share_prompts=True,
                 progress=_counter(progress, candidate.name, "demonstrations", len(completions)),
                 see=divergence.see,
             )
@@ -177,7 +178,7 @@ def _divergence(
         with reference.activate() as model:
             first = completions[: fitting(completions, model.config.get_text_config().vocab_size)]
             own = Divergence(first, None, keep=True)
-            completion_logps(model, first, batch_size=asked.scoring_batch_size, see=own.see)
+            completion_logps(model, first, batch_size=asked.scoring_batch_size, share_prompts=True, see=own.see)
         distributions[reference.key] = own.kept
     against = distributions[reference.key]
     wanted = {one.reference.key for one in later if one.reference is not None}
@@ -201,7 +202,11 @@ def _general(
         return None, []
     chosen: dict[int, torch.Tensor] = {}
     logps = completion_logps(
-        model, general, batch_size=batch_size, see=lambda at, logits: chosen.update({at: logits.argmax(dim=-1).cpu()})
+        model,
+        general,
+        batch_size=batch_size,
+        share_prompts=True,
+        see=lambda at, logits: chosen.update({at: logits.argmax(dim=-1).cpu()}),
     )
     ours = [chosen[at] for at in range(len(general))]
     agreed = None

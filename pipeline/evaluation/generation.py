@@ -17,6 +17,7 @@ import torch
 
 from pipeline.data.tokens import Text, encode
 from pipeline.errors import PipelineError
+from pipeline.evaluation.beginning import beginning_of
 from pipeline.evaluation.inference import evaluating, forward_parameters, left_padded
 
 _MARK = "0a1b2c3d"
@@ -178,10 +179,12 @@ def _decode(
     Greedy, unless each prompt has a chooser of its own.
     """
     parameters = forward_parameters(model)
-    ids, mask = left_padded(prompts, model.device)
+    beginning = beginning_of(model, prompts)
+    ids, own = left_padded([prompt[beginning.length :] for prompt in prompts], model.device)
+    given = beginning.inputs(own)
+    mask, cache = given["attention_mask"], given.get("past_key_values")
     # A token's position is the number of real tokens before it, so that padding moves nothing.
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = None
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, beginning.length :]
     generated: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     rows = list(range(len(prompts)))  # the prompts that are still being answered

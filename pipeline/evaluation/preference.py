@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.tokens import Completion, Pair
+from pipeline.evaluation.beginning import Beginning, beginning_of, remembers_keys_alone
 from pipeline.evaluation.inference import evaluating, forward_parameters, left_padded
 from pipeline.evaluation.intervals import Estimate, bootstrap
 
@@ -29,6 +30,7 @@ def completion_logps(
     completions: Sequence[Completion],
     *,
     batch_size: int = 8,
+    share_prompts: bool = False,
     progress: Callable[[int], None] | None = None,
     see: See | None = None,
 ) -> torch.Tensor:
@@ -42,6 +44,8 @@ def completion_logps(
         model: a Transformers causal language model, or a PEFT model around one; its mode is left as it is.
         completions: token ids.
         batch_size: sequences at a time.
+        share_prompts: computes once what all prompts begin with: the same but for rounding. A proof asks for the plain
+            forward instead.
         progress: called with the number of sequences scored since the last call.
         see: shown what each token was predicted from.
     """
@@ -50,13 +54,16 @@ def completion_logps(
     # Prompts of a length together: then the batch has few positions that are a completion's in one row only.
     order = sorted(range(len(completions)), key=lambda index: -len(completions[index].prompt_ids))
     with evaluating(model):
+        shared = [completion.prompt_ids for completion in completions] if share_prompts else []
+        beginning = beginning_of(model, shared)
+        completions = [one._replace(prompt_ids=one.prompt_ids[beginning.length :]) for one in completions]
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
             ids, mask = _right_padded([completions[index] for index in batch], model.device)
             first = max(min(len(completions[index].prompt_ids) for index in batch), 1)
             kept = ids.shape[1] - first + 1
             arguments = {"logits_to_keep": kept} if keeps_logits else {}
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
+            output = model(input_ids=ids, use_cache=False, **beginning.inputs(mask), **arguments)
             logits = output.logits[:, -kept:]  # [b, kept, V]; logits[:, j] predict position first + j
             for row, index in enumerate(batch):
                 own, targets = _scored(logits[row], ids[row], completions[index], first)
@@ -108,7 +115,7 @@ def pair_logps(
             nothing else: the same log-probabilities but for rounding. A proof asks for the plain forward instead.
         progress: called with the number of completions scored since the last call.
     """
-    if not (share_prompts and _remembers_keys_alone(model) and all(pair.prompt_ids for pair in pairs)):
+    if not (share_prompts and remembers_keys_alone(model) and all(pair.prompt_ids for pair in pairs)):
         each = [Completion(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
         logps = completion_logps(model, each, batch_size=batch_size, progress=progress)
         return logps[0::2], logps[1::2]
@@ -117,32 +124,21 @@ def pair_logps(
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index].prompt_ids))
     count = max(batch_size // 2, 1)
     with evaluating(model):
+        beginning = beginning_of(model, [pair.prompt_ids for pair in pairs])
         for at in range(0, len(order), count):
             batch = order[at : at + count]
-            chosen_and_rejected[batch] = _after_one_prompt(model, [pairs[index] for index in batch])
+            chosen_and_rejected[batch] = _after_one_prompt(model, beginning, [pairs[index] for index in batch])
             if progress is not None:
                 progress(2 * len(batch))
     return chosen_and_rejected[:, 0], chosen_and_rejected[:, 1]
 
 
-def _remembers_keys_alone(model: Any) -> bool:
-    """Whether every layer is full attention: a window or a recurrent state would need care with the padding."""
-    config = model.config.get_text_config()
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return (
-        full
-        and getattr(config, "sliding_window", None) is None
-        and not getattr(inner, "_is_stateful", False)
-        and forward_parameters(model) >= {"past_key_values", "position_ids", "logits_to_keep"}
-    )
-
-
-def _after_one_prompt(model: Any, pairs: Sequence[Pair]) -> torch.Tensor:
+def _after_one_prompt(model: Any, beginning: Beginning, pairs: Sequence[Pair]) -> torch.Tensor:
     """Log-probabilities of chosen and rejected, `[B, 2]`: the prompts first, flush right, then both completions."""
-    prompts, before = left_padded([pair.prompt_ids for pair in pairs], model.device)
-    positions = (before.cumsum(dim=1) - 1).clamp(min=0)
-    prompted = model(input_ids=prompts, attention_mask=before, position_ids=positions, use_cache=True, logits_to_keep=1)
+    prompts, mask = left_padded([pair.prompt_ids[beginning.length :] for pair in pairs], model.device)
+    given = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), **beginning.inputs(mask)}
+    before = given["attention_mask"]
+    prompted = model(input_ids=prompts, use_cache=True, logits_to_keep=1, **given)
     first = prompted.logits[:, -1].float()  # [B, V]: what the completions' first tokens are predicted from
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     ids, mask = _right_padded([Completion([], tokens[:-1]) for tokens in completions], model.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -42,7 +42,9 @@ from pipeline.model.builtin import cache_directory
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
+from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.precision import multiplication
+from pipeline.training.engine.short import attending_by_products
 from pipeline.training.start import find_adapter
 
 BASE = "base"
@@ -92,7 +94,11 @@ def compare_runs(
     names = _names(runs)
     candidates = [Candidate(BASE, base)] if with_base else []
     candidates += [_candidate(name, run, model, base, root) for name, run in zip(names, runs, strict=True)]
-    with _progress(console) as ticking, multiplication(experiment.engine.precision, ground.placement.device):
+    with (
+        _progress(console) as ticking,
+        multiplication(experiment.engine.precision, ground.placement.device),
+        attending_by_products(model),
+    ):
         comparison = compare(
             candidates,
             ground.tokenizer,
@@ -284,7 +290,15 @@ def _candidate(name: str, run: Run | Path, model: Any, base: Policy, root: Path)
 
 
 def _policy(model: Any, folder: Path) -> Policy:
-    return Policy(str(require_adapter(folder).resolve()), partial(attached, model, folder))
+    return Policy(str(require_adapter(folder).resolve()), partial(_adapted, model, folder))
+
+
+@contextmanager
+def _adapted(model: Any, folder: Path) -> Iterator[Any]:
+    with attached(model, folder) as policy:
+        with suppress(PipelineError):  # an architecture whose blocks cannot be told apart goes PEFT's way
+            join_products(policy, rounds=False)
+        yield policy
 
 
 @contextmanager

@@ -241,7 +241,8 @@ def _run_dpo(
 
     base = load_base(ground.files, experiment.model, ground.placement)
     unfreeze, pointer = experiment.unfreeze_of("dpo")
-    reopened = _reopened(base, origin.folder, proof_pairs)
+    with multiplication(experiment.engine.precision, ground.placement.device):
+        reopened = _reopened(base, origin.folder, proof_pairs)
     set_seed(experiment.seed)  # a new adapter starts at random
     policy = open_policy(
         base, origin.folder, unfreeze, adapter=stage.adapter, lora=experiment.scope.lora, pointer=pointer
@@ -306,6 +307,7 @@ def _run_dpo(
         join_products(policy, rounds=products.round_gradients)
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
+        trainer.begins_as_reference = torch.equal(before.policy, before.reference)
         console.print(
             f"step 0: loss {before.loss:.6f}, margin {before.metrics['rewards/margins']:.6f}; the reference is the "
             f"SFT adapter ({float((before.reference - reopened).abs().max()):.1e} nats apart)",
@@ -354,13 +356,16 @@ def _run_dpo(
         del trainer, policy, base
         give_memory_back()
         fresh = load_base(ground.files, experiment.model, ground.placement)
-        saved, start_again = (_reopened(fresh, folder, proof_pairs) for folder in (run.adapter, origin.folder))
-        reference["saved"] = check_saved(saved, start_again, after, tolerance, stage.beta)
+        _require_unchanged(origin)  # what was reopened at the start is what would be reopened now
+        saved = _reopened(fresh, run.adapter, proof_pairs)
+        reference["saved"] = check_saved(saved, reopened, after, tolerance, stage.beta)
         if is_first():
-            write_proof(run.path, proof_pairs, saved, start_again)
+            write_proof(run.path, proof_pairs, saved, reopened)
         if evaluated is not None:
             asked = [pairs["eval"][at] for at in evaluated_sample(len(pairs["eval"]))]
-            held_out, before_dpo = (_reopened(fresh, folder, asked) for folder in (run.adapter, origin.folder))
+            held_out, before_dpo = (
+                _reopened(fresh, folder, asked, share_prompts=True) for folder in (run.adapter, origin.folder)
+            )
             reference["evaluation"] = check_evaluation(
                 held_out,
                 before_dpo,
@@ -384,10 +389,20 @@ def _run_dpo(
         return Outcome(run.path, run.status, metrics, trainable, {"reference": reference})
 
 
-def _reopened(base: Any, folder: Path, pairs: list[Pair]) -> torch.Tensor:
+def _reopened(base: Any, folder: Path, pairs: list[Pair], *, share_prompts: bool = False) -> torch.Tensor:
     """Log-probabilities of `pairs` under the adapter in `folder`, `[N, 2]` nats."""
     with attached(base, folder) as model:
-        return torch.stack(pair_logps(model, pairs), dim=1)
+        return torch.stack(pair_logps(model, pairs, share_prompts=share_prompts), dim=1)
+
+
+def _require_unchanged(start: Start) -> None:
+    if hashes_of(require_adapter(start.folder)) != start.hashes:
+        raise PipelineError(
+            f"the adapter that this run started with has changed since, so its proof cannot be repeated: {start.name}",
+            code="adapter-changed",
+            file=start.folder,
+            mend="train DPO again, and leave the folder of its start alone meanwhile",
+        )
 
 
 def _evaluated_last(trainer: _Trainer) -> tuple[torch.Tensor, dict[str, float]] | None:

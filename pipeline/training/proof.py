@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipeline.data.tokens import Pair
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.runs.files import write_json
 from pipeline.training.engine.reference import COLUMNS
+from pipeline.training.engine.trainer import outputs_of
 
 PROOF = "proof.json"
 PROOF_PAIRS = 8
@@ -103,7 +103,7 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
                 references.append(torch.stack(reference, dim=1))
                 # As TRL's precomputed columns, so that its loss is of these very numbers.
                 inputs |= dict(zip(COLUMNS, reference, strict=True))
-                with trainer.accelerator.autocast(), _outputs(trainer.model) as outputs:
+                with trainer.accelerator.autocast(), outputs_of(trainer.model) as outputs:
                     losses.append(float(trainer.compute_loss(trainer.model, inputs)))
                 policies.append(torch.stack(outputs[0].log_probs.sum(dim=1).chunk(2), dim=1))
         logged = trainer._metrics["eval"]
@@ -116,17 +116,6 @@ def score(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Scores:
     return Scores(
         torch.cat(references).float().cpu(), torch.cat(policies).float().cpu(), metrics, sum(losses) / len(losses)
     )
-
-
-@contextmanager
-def _outputs(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """While open, everything that `model` gives is also kept in the list."""
-    given: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: given.append(output))
-    try:
-        yield given
-    finally:
-        handle.remove()
 
 
 def fingerprints(model: torch.nn.Module) -> dict[str, int]:

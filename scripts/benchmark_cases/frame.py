@@ -2,10 +2,13 @@
 
 A case is a module with
 
-    prepare(folder, data, rows) -> Work    in the parent: rows and settings, written to `folder` for the sides to read
-    train(folder, side, precision) -> dict in a process of its own: `{"seconds": {…}, "steps": [{metric: value}]}`
+    BATCH                                           rows of a step, unless more are asked for
+    prepare(folder, data, rows) -> Work             in the parent: writes what the sides read to `folder`
+    train(folder, side, precision, batch) -> dict   in a process of its own:
+                                                    `{"seconds": {…}, "steps": [{metric: value}]}`
 
-A side is one of SIDES. Each runs in a process of its own, so that its peak memory is its own.
+The model lies in `folder / BASE`. A side is one of SIDES; each runs in a process of its own, so that its peak memory is
+its own.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ SIDES = {
     "ours": "this project",
 }
 METRICS = ("loss", "margin")
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,17 @@ class Work:
     """One line about the rows."""
 
 
-def run_side(case: str, folder: Path, side: str, precision: str) -> dict[str, Any]:
+def run_side(case: str, folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]:
     """One side in a process of its own.
 
     Returns:
         What `train` of the case returned, and `peak_memory` in bytes.
     """
-    result = folder / f"{side}.json"
+    result = folder / f"{side}-{batch}.json"
     script = Path(__file__).parent.parent / "benchmark.py"
     command = [sys.executable, str(script), case, "--folder", str(folder), "--side", side, "--precision", precision]
-    subprocess.run([*command, "--result", str(result)], check=True, stdout=sys.stderr)
+    command += ["--batch", str(batch), "--result", str(result)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
@@ -60,6 +65,41 @@ def average(runs: list[dict[str, Any]]) -> dict[str, Any]:
         **runs[0],
         "seconds": {phase: sum(run["seconds"][phase] for run in runs) / len(runs) for phase in phases},
         "peak_memory": max(run["peak_memory"] for run in runs),
+    }
+
+
+def grow(
+    case: str, folder: Path, precision: str, work: Work, batch: int, sides: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Ours on the same rows in batches of twice as many, and so on, until it takes more memory than TRL.
+
+    Args:
+        case: its name.
+        folder: of the case.
+        precision: ours.
+        work: of the case.
+        batch: with which the sides have run.
+        sides: what they found.
+
+    Returns:
+        `batch_of_trl`; `batch_in_same_memory`, the largest of ours in the memory of TRL tuned, which keeps all
+        activations as ours does; `batch_in_default_memory`, in that of TRL as it comes, which computes them again; None
+        where not even TRL's batch is; and `peak_memory_by_batch` of those tried.
+    """
+    peaks = {batch: sides["ours"]["peak_memory"]}
+
+    def largest(bound: int) -> int | None:
+        return max((size for size, peak in peaks.items() if peak <= bound), default=None)
+
+    tuned, default = (sides[name]["peak_memory"] for name in ("trl-tuned", "trl"))
+    while peaks[batch] <= max(tuned, default) and 2 * batch <= work.rows:
+        batch *= 2
+        peaks[batch] = run_side(case, folder, "ours", precision, batch)["peak_memory"]
+    return {
+        "batch_of_trl": min(peaks),
+        "batch_in_same_memory": largest(tuned),
+        "batch_in_default_memory": largest(default),
+        "peak_memory_by_batch": peaks,
     }
 
 
@@ -132,5 +172,10 @@ def describe(work: Work, figures: dict[str, Any]) -> str:
         if figures[key] is not None:
             lines.append(f"{key:<24}{figures[key]:.6g}")
     lines.append(f"{'peak_memory_ratio':<24}{figures['peak_memory_ratio']:.4g}")
+    if "batch_of_trl" in figures:
+        tried = ", ".join(f"{size}: {peak / 2**20:,.0f}" for size, peak in figures["peak_memory_by_batch"].items())
+        lines.append(f"{'batch_in_same_memory':<24}{figures['batch_in_same_memory']}, TRL's {figures['batch_of_trl']}")
+        lines.append(f"{'batch_in_default_memory':<24}{figures['batch_in_default_memory']}")
+        lines.append(f"(peak MiB by batch: {tried}; {work.rows} rows)")
     lines.append(f"(matrix product: {figures['matmul_peak'] / 1e9:.0f} GFLOP/s in float32)")
     return "\n".join(lines)

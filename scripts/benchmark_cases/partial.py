@@ -8,6 +8,7 @@ from typing import Any
 from benchmark_cases import dpo, preferences
 from benchmark_cases.frame import Work
 
+BATCH = preferences.BATCH
 EPOCHS = 3
 OPENED = 4
 LEARNING_RATE = 5.0e-6
@@ -20,7 +21,7 @@ def prepare(folder: Path, data: Path | None, rows: int) -> Work:
 
     pairs, says = preferences.write_rows(folder, data, rows)
     dpo.start_adapter(folder, Lora(), lora_config, Unfreeze())
-    blocks, block, head = preferences.weights_of_blocks()
+    blocks, block, head = preferences.weights_of_blocks(folder)
     _, joint, completion = preferences.count_tokens(pairs)
     # A product costs 2 operations a weight, its gradients twice as many; the head passes a gradient on and has none.
     trunk = 2 * joint * (blocks - OPENED) * block
@@ -29,7 +30,7 @@ def prepare(folder: Path, data: Path | None, rows: int) -> Work:
     return preferences.work_of(pairs, says, EPOCHS, trunk + reference + policy)
 
 
-def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
+def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]:
     """One side. TRL trains the opened weights of a plain model; ours are copies beside a frozen adapter of zeros."""
     from pipeline.experiment import Dpo, Unfreeze
     from pipeline.model.policy import open_policy
@@ -38,19 +39,19 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
     stage = Dpo(
         num_train_epochs=float(EPOCHS),
         learning_rate=LEARNING_RATE,
-        per_device_train_batch_size=preferences.BATCH,
+        per_device_train_batch_size=batch,
         max_length=preferences.MAX_LENGTH,
         save_strategy="no",
         eval_strategy="no",
     )
 
     def stock() -> Any:
-        model = preferences.load_model().requires_grad_(False)
+        model = preferences.load_model(folder).requires_grad_(False)
         for part in (*model.model.layers[-OPENED:], model.model.norm):
             part.requires_grad_(True)
         return model
 
     def own() -> Any:
-        return open_policy(preferences.load_model(), folder / "start", unfreeze, adapter="frozen")
+        return open_policy(preferences.load_model(folder), folder / "start", unfreeze, adapter="frozen")
 
     return preferences.train_side(folder, side, precision, stage, unfreeze.learning_rate, stock, own)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_cases.frame import Work
+from benchmark_cases.frame import BASE, Work
 
 SEED = 7
 BATCH = 4
@@ -28,7 +28,7 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
     from pipeline.data.check import load_rows
     from pipeline.data.tokens import tokenize_pair
 
-    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    tokenizer = AutoTokenizer.from_pretrained(folder / BASE)
     pairs: list[dict[str, list[int]]] = []
     passed_over = 0
     for row in load_rows(data or SHIPPED, "preference").rows:
@@ -50,18 +50,11 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
     return pairs, says
 
 
-def base_folder() -> Path:
-    """The built-in model."""
-    from pipeline.model.builtin import builtin_model
-
-    return builtin_model("builtin:smollm2-135m")
-
-
-def load_model() -> Any:
+def load_model(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32)
 
 
 def count_tokens(pairs: list[dict[str, list[int]]]) -> tuple[int, int, int]:
@@ -71,11 +64,11 @@ def count_tokens(pairs: list[dict[str, list[int]]]) -> tuple[int, int, int]:
     return 2 * prompts + completions, prompts + completions, completions
 
 
-def weights_of_blocks() -> tuple[int, int, int]:
+def weights_of_blocks(folder: Path) -> tuple[int, int, int]:
     """Blocks, weights of one, and weights of the head."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base_folder())
+    config = AutoConfig.from_pretrained(folder / BASE)
     width = config.hidden_size
     keys = config.num_key_value_heads * width // config.num_attention_heads
     block = 2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size
@@ -136,7 +129,7 @@ def train_side(
     config = dpo_config(stage, output=folder / side, seed=SEED, placement=place("cpu", "float32"), evaluates=False)
     config.gradient_checkpointing = config.activation_checkpointing = side == "trl"
     config.precompute_ref_log_probs = side == "trl-tuned"
-    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    tokenizer = AutoTokenizer.from_pretrained(folder / BASE)
     if side == "ours":
         reuse_memory()
     policy = own() if side == "ours" else stock()
@@ -155,6 +148,7 @@ def train_side(
             key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
             store = ReferenceStore(folder / f"references-{time.time_ns()}", key)
             trainer.keep_reference(KeptReference(store, 0.02, print))
+            trainer.begins_as_reference = True  # `pipeline dpo` sees the proof's pairs score alike, to the bit
         else:
             trainer = Stock(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
         trainer.add_callback(Record())

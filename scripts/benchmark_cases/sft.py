@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_cases import preferences
-from benchmark_cases.frame import Work
+from benchmark_cases.frame import BASE, Work
 
 BATCH = 8
 SHIPPED = preferences.SHIPPED.with_name("demonstrations.train.jsonl")
@@ -21,11 +21,11 @@ def prepare(folder: Path, data: Path | None, rows: int) -> Work:
     from pipeline.data.check import load_rows
     from pipeline.data.tokenised import label_demonstrations
 
-    tokenizer = AutoTokenizer.from_pretrained(preferences.base_folder())
+    tokenizer = AutoTokenizer.from_pretrained(folder / BASE)
     chosen = load_rows(data or SHIPPED, "demonstration").rows[:rows]
     labelled, counted = label_demonstrations(tokenizer, chosen, preferences.MAX_LENGTH)
     (folder / "rows.json").write_text(json.dumps(labelled))
-    blocks, block, head = preferences.weights_of_blocks()
+    blocks, block, head = preferences.weights_of_blocks(folder)
     # A product costs 2 operations a weight; the backward pass through frozen weights as much again.
     flops = 4 * (counted.tokens * blocks * block + counted.loss_tokens * head)
     lengths = sorted(len(row["input_ids"]) for row in labelled)
@@ -37,7 +37,7 @@ def prepare(folder: Path, data: Path | None, rows: int) -> Work:
     return Work(len(labelled), counted.tokens, flops, says)
 
 
-def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
+def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]:
     """One side; what this project finds out about the model before the first step counts as training."""
     import warnings
     from contextlib import ExitStack
@@ -67,7 +67,7 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
                 steps.append({"loss": logs["loss"]})
 
     stage = Sft(
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         max_length=preferences.MAX_LENGTH,
         save_strategy="no",
         eval_strategy="no",
@@ -78,7 +78,7 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
     ours = side == "ours"
     if ours:
         reuse_memory()
-    model = preferences.load_model()
+    model = preferences.load_model(folder)
     with ExitStack() as stack:
         if ours:
             stack.enter_context(compact_head(placement.device))
@@ -87,7 +87,7 @@ def train(folder: Path, side: str, precision: str) -> dict[str, Any]:
             model=model,
             args=config,
             train_dataset=Dataset.from_list(json.loads((folder / "rows.json").read_text())),
-            processing_class=AutoTokenizer.from_pretrained(preferences.base_folder()),
+            processing_class=AutoTokenizer.from_pretrained(folder / BASE),
             peft_config=lora_config(model, Lora(), Unfreeze()),
         )
         trainer.add_callback(Record())

@@ -74,6 +74,26 @@ def test_batched_is_one_at_a_time(chat_model: Any, tiny_tokenizer: Any, batch_si
     assert answers == expected
 
 
+@pytest.mark.parametrize("batch_size", [2, 25])
+def test_a_common_beginning_is_computed_once(
+    chat_model: Any, tiny_tokenizer: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[{"role": "system", "content": "Answer the report in one word."}, *prompt] for prompt in PROMPTS]
+    stops = choose_stops(chat_model, tiny_tokenizer)
+    expected = [one_at_a_time(chat_model, tiny_tokenizer, prompt, stops) for prompt in prompts]
+    computed: list[tuple[int, int]] = []
+    stock = chat_model.model.forward
+    monkeypatch.setattr(
+        chat_model.model, "forward", lambda **given: (computed.append(given["input_ids"].shape), stock(**given))[1]
+    )
+    answers = generate(chat_model, tiny_tokenizer, prompts, max_new_tokens=LIMIT, batch_size=batch_size)
+    assert answers == expected
+    lengths = sorted((len(prompt_ids(tiny_tokenizer, prompt)) for prompt in prompts), reverse=True)
+    one, shared = computed[0]
+    assert (one, computed[1]) == (1, (min(batch_size, len(prompts)), lengths[0] - shared))
+    assert shared > 8
+
+
 def test_plain_text_prompts(chat_model: Any, tiny_tokenizer: Any) -> None:
     texts = ["The printer", "It works again, thank", "on"]
     stops = choose_stops(chat_model, tiny_tokenizer)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.data.tokens import Completion, Pair, tokenize_pair
-from pipeline.evaluation import preference
+from pipeline.evaluation.beginning import remembers_keys_alone
 from pipeline.evaluation.preference import (
     completion_logps,
     pair_logps,
@@ -198,10 +198,45 @@ def test_a_prompt_is_computed_once_for_both_completions(chat_model: Any, monkeyp
     assert sum(computed[:7]) == (30) + (5 + 2 * 8) + (3 + 2 * 3) + (1 + 2 * 2)
 
 
+def test_what_all_prompts_begin_with_is_computed_once(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same log-probabilities and logits, of fewer tokens; padding behind a beginning moves nothing."""
+    system = list(range(20, 32))
+    completions = [
+        Completion([*system, 5, 6, 7], [8, 9]),
+        Completion([*system, 5], [2]),
+        Completion([*system, 40, 41, 2, 42], [7] * 9),
+    ]
+    pairs = [Pair(one.prompt_ids, one.completion_ids, [3, 4, 5]) for one in completions]
+    seen: dict[int, torch.Tensor] = {}
+    expected = completion_logps(chat_model, completions, batch_size=1, see=lambda at, own: seen.update({at: own}))
+    each = torch.stack(pair_logps(chat_model, pairs, batch_size=2))
+    computed: list[int] = []
+    stock = chat_model.model.forward
+    monkeypatch.setattr(
+        chat_model.model, "forward", lambda **given: (computed.append(given["input_ids"].numel()), stock(**given))[1]
+    )
+    for batch_size in (1, 2, 3):
+        ours: dict[int, torch.Tensor] = {}
+        keep = ours.__setitem__
+        logps = completion_logps(
+            chat_model,
+            completions,
+            batch_size=batch_size,
+            share_prompts=True,
+            see=keep,
+        )
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-4)
+        for at, logits in seen.items():
+            torch.testing.assert_close(ours[at], logits, rtol=0, atol=1e-4)
+        shared = torch.stack(pair_logps(chat_model, pairs, batch_size=batch_size, share_prompts=True))
+        torch.testing.assert_close(shared, each, rtol=0, atol=1e-4)
+    assert computed[:4] == [12, 4 + 9, 3 + 2, 1 + 1]
+
+
 def test_a_model_with_windows_scores_each_completion_behind_its_own_prompt(chat_model: Any) -> None:
     pairs = [Pair([5, 6, 7], [8, 9], [10, 11])]
     expected = pair_logps(chat_model, pairs)
     chat_model.config.sliding_window = 4
-    assert not preference._remembers_keys_alone(chat_model)
+    assert not remembers_keys_alone(chat_model)
     shared = pair_logps(chat_model, pairs, share_prompts=True)
     assert torch.equal(torch.stack(shared), torch.stack(expected))

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import LLAMA, config_of, save_model, splits_of
+
 Hook = Callable[[], None]
 KILLS = int(os.environ.get("FAULT_KILLS", "16"))
 """Seeded kills over SFT and DPO together; `scripts/faults` asks for more."""
@@ -174,7 +176,8 @@ class Arena:
         """Kills a new run at each of some calls.
 
         Its process prepares once. Where the training loop would begin, a fork of it trains for each of the kills, and
-        what that one left is taken away before the next one begins, on the folder as it was.
+        what that one left is taken away before the next one begins, on the folder as it was. No two runs make quite the
+        same number of calls: one that ends before its call does so again with an earlier one.
 
         Returns:
             A root for each of the kills, with what it left.
@@ -186,13 +189,17 @@ class Arena:
             before = root / "before"
             shutil.copytree(root / "run", before)
             for call, target in zip(at, roots, strict=True):
-                child = os.fork()
-                if child == 0:
-                    kill_at_call(call)
-                    return
-                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                (root / "run").rename(target)
-                shutil.copytree(before, root / "run")
+                status = 0
+                while status == 0:
+                    shutil.rmtree(target, ignore_errors=True)
+                    child = os.fork()
+                    if child == 0:
+                        kill_at_call(call)
+                        return
+                    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                    (root / "run").rename(target)
+                    shutil.copytree(before, root / "run")
+                    call = call * 99 // 100
                 assert status == -signal.SIGKILL, f"{stage} {variant} at call {call}: {status}"
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -263,7 +270,8 @@ def ended(child: int, reader: int) -> Ended:
     with os.fdopen(reader) as stream:
         answer = stream.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    heard = json.loads(answer) if answer else {"said": "", "error": None, "message": ""}
+    # One that was killed has not answered: what stands there is of a fork of it.
+    heard = json.loads(answer) if answer and status >= 0 else {"said": "", "error": None, "message": ""}
     return Ended(status, **heard)
 
 
@@ -351,18 +359,11 @@ def kill_at_call(at: int | None, count: Path | None = None) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with two blocks, half as wide: a fault costs a run or two."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("small-llama")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig.from_pretrained(tiny_folder, num_hidden_layers=2, head_dim=8, **sizes)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
-    return folder
+    config = config_of("Llama", tiny_tokenizer, **{**LLAMA, **sizes, "num_hidden_layers": 2})
+    return save_model(tmp_path_factory.mktemp("small-llama"), config, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -384,13 +385,7 @@ def arena(small_folder: Path, tiny_data: dict[str, Path], tmp_path_factory: pyte
     definition = {
         "seed": 3,
         "model": {"id": "builtin:smollm2-135m" if BUILTIN else str(small_folder), "device": "cpu"},
-        "data": {
-            "demonstrations": {
-                "train": str(tiny_data["demonstrations"]),
-                "eval": str(tiny_data["demonstrations-eval"]),
-            },
-            "preferences": {"train": str(tiny_data["preferences"]), "eval": str(tiny_data["preferences-eval"])},
-        },
+        "data": splits_of(tiny_data),
         "scope": {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}},
         "sft": {**rhythm, "learning_rate": 5.0e-2},
         "dpo": {**rhythm, "learning_rate": 5.0e-3},

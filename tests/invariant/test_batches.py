@@ -1,51 +1,37 @@
 """8 x 1, 4 x 2 and 1 x 8 are the same training, also where the last step of an epoch is smaller; so is one that halves.
 
-The trajectory of each class is recorded in `recorded.json`, with what it was recorded on. Another figure there means
-that training has changed: `python -m pytest tests/invariant --record` writes the file anew, and the commit says why.
+8 x 1 is held to stock TRL by `test_trajectories.py`.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.runs.provenance import provenance
+from tests.invariant.test_trajectories import hold, run_case
+from tests.invariant.trajectories import CASES
 
-RECORDED = Path(__file__).with_name("recorded.json")
-ENVIRONMENT = ("python", "torch", "transformers", "trl", "peft", "accelerate")
 TOLERANCE = 2e-5
-RECORDED_TOLERANCE = 1e-3
-CUTS = {"8x1": (8, 1), "4x2": (4, 2), "1x8": (1, 8)}
-
-
-def cut(name: str) -> dict[str, int]:
-    size, steps = CUTS[name]
-    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_any_cut_of_a_step_is_the_same_step(
-    stage: str, train: Any, start: Path, require_alike: Any, request: pytest.FixtureRequest
-) -> None:
-    more = {} if stage == "sft" else {"start": start}
-    whole, *others = (train(stage, name, **cut(name), **more) for name in CUTS)
-    assert len(whole.losses) == 6  # 14 rows in steps of 8, three epochs
-    assert whole.losses[-1] < whole.losses[0]
-    for other in others:
-        require_alike(whole, other, TOLERANCE)
-    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    if request.config.getoption("--record"):
-        versions = {name: provenance()["versions"][name] for name in ENVIRONMENT}
-        entry = {"versions": versions, "losses": [round(loss, 5) for loss in whole.losses]}
-        RECORDED.write_text(json.dumps({**recorded, stage: entry}, indent=2) + "\n")
-    else:
-        assert whole.losses == pytest.approx(recorded[stage]["losses"], abs=RECORDED_TOLERANCE), recorded[stage]
+def test_any_cut_of_a_step_is_the_same_step(stage: str, tmp_path: Path, trained: Any, require_alike: Any) -> None:
+    """14 rows in steps of 8, three epochs: what stock TRL logged of 8 x 1."""
+    runs = []
+    for size, parts in ((4, 2), (1, 8)):
+        folder = tmp_path / f"{size}x{parts}"
+        folder.mkdir()
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        steps, _ = run_case(CASES[stage], folder, **cut)
+        assert steps[-1]["loss"] < steps[0]["loss"]
+        hold(stage, steps, figures=("loss", "grad_norm"))  # TRL's other figures are means over micro-batches
+        runs.append(trained(folder / "runs" / "recorded" / f"{stage}-001"))
+    require_alike(*runs, TOLERANCE)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

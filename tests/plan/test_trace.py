@@ -88,7 +88,7 @@ def joint_in_training(policy: Any) -> None:
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(chosen + rejected):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
-    joint = join(ids, mask)
+    joint = join(ids, mask, apart=True)  # the plan counts on nothing that pairs have in common
     assert joint.sizes == list(PAIRS)
     shared._joint_encode(joint=joint, input_ids=ids, attention_mask=mask, use_cache=False)
 

@@ -178,6 +178,24 @@ def test_a_changed_sft_adapter_is_refused(write_experiment: Any, sft_root: Path,
     assert caught.value.code == "adapter-changed"
 
 
+def test_an_adapter_that_changes_while_dpo_trains_fails_the_run(
+    write_experiment: Any, sft_root: Path, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sft_root / "lights/sft-001/adapter/adapter_config.json"
+    train = dpo_module.train
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        metrics = train(*args, **kwargs)
+        config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+        return metrics
+
+    monkeypatch.setattr(dpo_module, "train", meanwhile)
+    with pytest.raises(PipelineError) as caught:
+        run_dpo(experiment(write_experiment, dpo={"max_steps": 2}), sft_root, console)
+    assert caught.value.code == "adapter-changed"
+    assert read_run(sft_root / "lights/dpo-001").status == "failed"
+
+
 def test_another_base_is_refused(
     write_experiment: Any, sft_root: Path, console: Any, tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

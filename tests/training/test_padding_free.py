@@ -160,6 +160,64 @@ def test_values_and_gradients_are_those_of_the_padded_batch(name: str, make_trai
         assert figures[key] == pytest.approx(values, abs=1e-4), key
 
 
+FRONT = list(range(40, 50))
+
+
+def fronted(rows: Any) -> list[dict[str, list[int]]]:
+    """The rows behind one beginning, which is in the loss of the first two; of the last there is one token more."""
+    trained = [FRONT, FRONT, [-100] * len(FRONT), [-100] * len(FRONT)]
+    some = [
+        {"input_ids": [*FRONT, *row["input_ids"]], "labels": [*labels, *row["labels"]]}
+        for row, labels in zip(rows, trained, strict=True)
+    ]
+    some[3] = {name: values[: len(FRONT) + 1] for name, values in some[3].items()}
+    return [*some[:3], {**some[3], "labels": [-100] * len(FRONT) + some[3]["input_ids"][-1:]}]
+
+
+def computed_tokens(trainer: Any) -> list[int]:
+    """How many tokens the first norm of the model sees in each forward pass."""
+    seen: list[int] = []
+    norm = next(module for name, module in trainer.model.named_modules() if name.endswith(("input_layernorm", "ln_1")))
+    norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))
+    return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_all_rows_begin_with_is_computed_once(name: str, make_trainer: Any, rows: Any) -> None:
+    family, changes = MODELS[name]
+    trainer = make_trainer(build(family, **changes))
+    some = fronted(rows)
+    loss, gradients, metrics = step(trainer, some)
+    assert leave_padding_out(trainer) is None
+    seen = computed_tokens(trainer)
+    without, others, figures = step(trainer, some)
+    whole = sum(len(row["input_ids"]) for row in some)
+    assert set(seen) == {whole - 3 * len(FRONT)}
+    assert without == pytest.approx(loss, abs=2e-5)
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for parameter, gradient in gradients.items():
+        assert torch.allclose(gradient, others[parameter], atol=2e-5 * scale, rtol=1e-3), parameter
+    metrics.pop("num_tokens"), figures.pop("num_tokens")
+    for key, values in metrics.items():
+        assert figures[key] == pytest.approx(values, abs=1e-4), key
+
+
+def test_dropout_is_drawn_for_each_row(make_trainer: Any, rows: Any) -> None:
+    """Shared, the beginning would be dropped alike in every row, as in no batch of TRL's; evaluation drops nothing."""
+    model = build("Llama")
+    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))
+    trainer = make_trainer(model)
+    assert leave_padding_out(trainer) is None
+    seen = computed_tokens(trainer)
+    some = fronted(rows)
+    whole = sum(len(row["input_ids"]) for row in some)
+    step(trainer, some)
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.model(**trainer._prepare_inputs(trainer.data_collator(some)), fused_lm_head=True)
+    assert seen == [whole, whole - 3 * len(FRONT)]
+
+
 def test_no_row_sees_another(make_trainer: Any, rows: Any) -> None:
     """Other tokens in the other rows leave a row's log-probabilities as they are, to the bit."""
     trainer = make_trainer(build("Mistral", sliding_window=WINDOW))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from pipeline.errors import PipelineError
 from pipeline.experiment_file import load_experiment
@@ -23,6 +23,7 @@ from pipeline.model.device import place
 from pipeline.model.precision import dequantize, hold_in_float32, is_quantized
 from pipeline.training.dpo import run_dpo
 from pipeline.training.sft import run_sft
+from tests.tiny import LLAMA, config_of, save_model
 
 OPENED = {"last_blocks": 1, "final_norm": True, "lm_head": True, "learning_rate": 1.0e-3}
 IDS = torch.arange(3, 40)[None]
@@ -34,24 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*", "ignor
 def wide_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the tiny model, of width 64: NF4 packs blocks of 64 weights."""
     pytest.importorskip("bitsandbytes")
-    folder = tmp_path_factory.mktemp("wide-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = config_of("Llama", tiny_tokenizer, **{**LLAMA, **sizes})
+    return save_model(tmp_path_factory.mktemp("wide-llama"), config, tiny_tokenizer)
 
 
 def logits_of(model: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Attention over a joint row, part by part: each pair's shared tokens, then each branch over them and itself.
+"""Attention over a joint row, part by part: the front, each pair's shared tokens over it, each branch over both.
 
 Nothing is computed for pairs of tokens in different rows or branches, where one call with a mask over the whole row
 would compute all of them. Sliding windows count positions.
@@ -47,20 +47,28 @@ def joint_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     joint.layers += 1
     window = kwargs.get("sliding_window")
-    flat = [size for sizes in joint.sizes for size in sizes]
+    flat = [joint.front, *(size for sizes in joint.sizes for size in sizes)]
     # Split and put together whole: slices would each give a gradient of the row's full size.
-    queries, keys, values = (torch.split(tensor, flat, dim=2) for tensor in (query, key, value))
+    parts = [torch.split(tensor, flat, dim=2) for tensor in (query, key, value)]
     outputs = []
-    for pair, (shared, *branches) in enumerate(joint.sizes):
-        first = 3 * pair
-        if shared:
-            mask = joint.mask(0, shared, window, query)
-            outputs.append(attend(module, queries[first], keys[first], values[first], mask, **kwargs))
-        for at, length in enumerate(branches, start=first + 1):
-            if length:
-                seen = torch.cat((keys[first], keys[at]), dim=2), torch.cat((values[first], values[at]), dim=2)
-                mask = joint.mask(shared, length, window, query)
-                outputs.append(attend(module, queries[at], *seen, mask, **kwargs))
+
+    def part(at: int, before: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Attends one part over what stands before it, keys and values, and itself; returns these of both."""
+        queries, *own = (tensors[at] for tensors in parts)
+        length = queries.shape[2]
+        if not length:
+            return before
+        seen = [torch.cat(pair, dim=2) if pair[0].shape[2] else pair[1] for pair in zip(before, own, strict=True)]
+        mask = joint.mask(before[0].shape[2], length, window, query)
+        outputs.append(attend(module, queries, seen[0], seen[1], mask, **kwargs))
+        return seen
+
+    nothing = [tensor[:, :, :0] for tensor in (key, value)]
+    front = part(0, nothing)
+    for pair in range(len(joint.sizes)):
+        shared = part(3 * pair + 1, front)
+        for branch in (2, 3):
+            part(3 * pair + branch, shared)
     return torch.cat(outputs, dim=1), None
 
 

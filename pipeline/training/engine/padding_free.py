@@ -6,6 +6,10 @@ Transformers dispatches does it, by running once for each row on that row's part
 is made, no memory grows with the square of the batch, and the sums are those of the row alone. What is not attention
 (projections, norms, experts, the head) does not look at neighbours and runs on all rows at once.
 
+What all rows of a micro-batch begin with, a system prompt or a template's first lines, is computed once, in front of
+them, and every row sees it; its hidden states are then given to every row, so that a loss on it counts as often as in
+TRL. Not where a dropout is on: TRL draws one for each row.
+
 A layer that hands a state from token to token would hand it from row to row: models with such layers keep padded
 batches, and so does every model whose log-probabilities on a trial batch differ from those of the padded one.
 """
@@ -14,12 +18,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from pipeline.data.tokens import common_prefix
 from pipeline.training.engine.short import allowed_to_see, attend
 from pipeline.training.engine.trial import trial_rows, window_of
 
@@ -27,6 +33,10 @@ SEGMENTS = "pipeline_rows"
 """The name under which `attend_by_row` is registered with Transformers."""
 _LENGTHS = "row_lengths"
 """The keyword that carries the rows' lengths through the model to its attention layers."""
+_FRONT = "row_front"
+"""The keyword that carries how many tokens stand in front of all rows."""
+_WORTH = 8
+"""Tokens that all rows have to begin with before they get a part of their own: each part is a call of attention."""
 _ITSELF = "row_attention"
 """The keyword that carries the attention that is run on each row."""
 _VARLEN = ("flash", "flex")
@@ -58,36 +68,46 @@ def attend_by_row(
         `[1, T, heads, d]`, and no weights.
     """
     lengths: list[int] = kwargs.pop(_LENGTHS)
+    front: int = kwargs.pop(_FRONT)
     eager = kwargs.pop(_ITSELF) == "eager"
     assert attention_mask is None, "rows have lengths in place of a mask"
     window = kwargs.get("sliding_window")
-    parts: Any = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     run: Callable[..., torch.Tensor] = _attend_eagerly if eager else _attend
-    rows = [run(module, *part, length, window, **kwargs) for length, part in zip(lengths, parts, strict=True)]
-    return torch.cat(rows, dim=1), None
+    queries, *seen = (torch.split(states, [front, *lengths], dim=2) for states in (query, key, value))
+    outputs = []
+    for at, own in enumerate(queries):
+        before = front if at else 0
+        if own.shape[2]:
+            keys, values = (torch.cat((parts[0], parts[at]), dim=2) if before else parts[at] for parts in seen)
+            outputs.append(run(module, own, keys, values, before, window, **kwargs))
+    return torch.cat(outputs, dim=1), None
 
 
-def by_row(lengths: list[int], own: str) -> dict[str, Any]:
+def by_row(lengths: list[int], own: str, front: int = 0) -> dict[str, Any]:
     """What a model's forward takes for attention by row, where its attention is `SEGMENTS`.
 
     Args:
-        lengths: of the rows.
+        lengths: of the rows, behind what stands in front of them.
         own: the model's own attention, `sdpa` or `eager`.
+        front: tokens that stand in front of all rows.
     """
-    return {_LENGTHS: lengths, _ITSELF: own}
+    return {_LENGTHS: lengths, _ITSELF: own, _FRONT: front}
 
 
-def _attend(module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any) -> Any:
-    """One row by SDPA, which knows causality by itself."""
-    mask = None if window is None or length <= window else allowed_to_see(length, window, query.device)
+def _attend(module: Any, query: Any, key: Any, value: Any, before: int, window: int | None, /, **kwargs: Any) -> Any:
+    """One row by SDPA, which knows causality by itself where nothing stands before."""
+    whole = key.shape[2]
+    mask = None
+    if before or (window is not None and whole > window):
+        mask = allowed_to_see(whole, window or whole, query.device)[:, :, before:]
     return attend(module, query, key, value, mask, **kwargs)
 
 
 def _attend_eagerly(
-    module: Any, query: Any, key: Any, value: Any, length: int, window: int | None, /, **kwargs: Any
+    module: Any, query: Any, key: Any, value: Any, before: int, window: int | None, /, **kwargs: Any
 ) -> Any:
     """One row by the model's own eager attention, which takes everything from the mask."""
-    allowed = allowed_to_see(length, window or length, query.device)
+    allowed = allowed_to_see(key.shape[2], window or key.shape[2], query.device)[:, :, before:]
     mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
     return _eager_of(module)(module, query, key, value, mask, **kwargs)[0]
 
@@ -169,6 +189,34 @@ def obstacle(model: Any, args: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Rows behind what they all begin with."""
+
+    front: int
+    kept: torch.Tensor
+    """`[t]`: which tokens of the batch are computed."""
+    source: torch.Tensor
+    """`[T]`: where each token of the batch is among them."""
+
+
+def _lay_out(ids: torch.Tensor, lengths: list[int]) -> _Layout | None:
+    """Puts what all rows of `ids`, `[1, T]`, begin with in front of them; None where that is too little."""
+    if len(lengths) < 2:
+        return None
+    rows = [part.tolist() for part in torch.split(ids[0], lengths)]
+    front = min(common_prefix(min(rows), max(rows)), min(lengths) - 1)
+    if front < _WORTH:
+        return None
+    at = torch.split(torch.arange(ids.shape[1]), lengths)
+    kept = torch.cat([at[0][:front], *(row[front:] for row in at)])
+    source = torch.empty(ids.shape[1], dtype=torch.long)
+    source[kept] = torch.arange(len(kept))
+    for row in at[1:]:
+        source[row[:front]] = torch.arange(front)
+    return _Layout(front, kept.to(ids.device), source.to(ids.device))
+
+
 def _dispatch_rows(backbone: Any) -> Callable[[], None]:
     """Lets each forward of `backbone` choose its attention by its batch: by row where rows are given, else its own.
 
@@ -181,6 +229,10 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
     found = [module.config for module in backbone.modules() if hasattr(module, "config")]
     configs = list({id(config): config for config in found}.values())
     own = backbone.config._attn_implementation
+    draws = bool(getattr(backbone.config, "attention_dropout", 0)) or any(
+        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in backbone.modules()
+    )
+    layouts: list[_Layout | None] = [None]
 
     def use(implementation: str) -> None:
         for config in configs:
@@ -188,17 +240,38 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
 
     def choose(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         boundaries = kwargs.pop("cu_seq_lens_q", None)
+        layouts[0] = None
         if boundaries is not None:
             for key in ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
                 kwargs.pop(key, None)
-            kwargs |= by_row(boundaries.diff().tolist(), own)
+            lengths, front = boundaries.diff().tolist(), 0
+            if kwargs.get("input_ids") is not None and not (draws and module.training):
+                layouts[0] = layout = _lay_out(kwargs["input_ids"], lengths)
+                if layout is not None:
+                    front = layout.front
+                    lengths = [length - front for length in lengths]
+                    kwargs |= {
+                        name: kwargs[name].index_select(1, layout.kept) for name in ("input_ids", "position_ids")
+                    }
+            kwargs |= by_row(lengths, own, front)
         use(own if boundaries is None else SEGMENTS)
         return args, kwargs
 
-    handle = backbone.register_forward_pre_hook(choose, with_kwargs=True)
+    def give_back(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layout = layouts[0]
+        if layout is not None:
+            output.last_hidden_state = output.last_hidden_state.index_select(1, layout.source)
+            if getattr(output, "router_logits", None) is not None:
+                output.router_logits = tuple(logits.index_select(0, layout.source) for logits in output.router_logits)
+
+    handles = [
+        backbone.register_forward_pre_hook(choose, with_kwargs=True),
+        backbone.register_forward_hook(give_back),
+    ]
 
     def undo() -> None:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         use(own)
 
     return undo

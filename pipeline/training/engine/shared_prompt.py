@@ -98,7 +98,7 @@ class SharedPrompt:
             return self._score(*args, fused_lm_head=fused_lm_head, **kwargs)
         # A loss on routers counts the last token of a row as well.
         keep_last = kwargs.get("output_router_logits") or getattr(self.model.config, "output_router_logits", False)
-        joint = join(kwargs["input_ids"], kwargs["attention_mask"], keep_last=keep_last)
+        joint = join(kwargs["input_ids"], kwargs["attention_mask"], keep_last=keep_last, apart=self.trunk is not None)
         labels = kwargs.pop("labels").clone()
         half = rows // 2
         labels[half:, 1:].masked_fill_(joint.repeated, -100)

@@ -13,11 +13,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+NAME = "short_rows"
 _SCORES = 256 * 256
 """Queries times keys of a head: measured break-even in float32 between 300 by 300 and 300 by 600, forward and backward;
 at 256 the weights take 1 kB a token and head."""
+_WEIGHTS = 2**24
+"""Weights of attention of all rows and heads at once: 64 MiB."""
 _MORE = ("position_bias", "cache", "softcap")
 """What SDPA's function does beyond the products, or refuses."""
 
@@ -34,19 +39,21 @@ def attend(
 
     Args:
         module: the attention layer.
-        query: `[1, heads, T, d]`.
-        key: `[1, key heads, S, d]`.
+        query: `[B, heads, T, d]`.
+        key: `[B, key heads, S, d]`.
         value: the same.
-        mask: `[1, 1, T, S]`, booleans or what is added to the scores; None: causal.
+        mask: `[B or 1, 1, T, S]`, booleans or what is added to the scores; None: causal, and one query sees all keys.
         **kwargs: what the layer hands to its attention.
 
     Returns:
-        `[1, T, heads, d]`.
+        `[B, T, heads, d]`.
     """
-    short = query.shape[2] * key.shape[2] <= _SCORES and query.device.type == "cpu" and query.dtype == torch.float32
+    scores = query.shape[2] * key.shape[2]
+    short = scores <= _SCORES and query.shape[0] * query.shape[1] * scores <= _WEIGHTS
+    short = short and query.device.type == "cpu" and query.dtype == torch.float32
     more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _MORE)
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    clear = mask is not None or (causal and query.shape[2] == key.shape[2])
+    clear = mask is not None or (causal and query.shape[2] in (1, key.shape[2]))
     if more or not short or not clear:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]  # type: ignore[no-any-return]
     scaling = kwargs.get("scaling")
@@ -57,15 +64,44 @@ def _products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """softmax(scaling · Q Kᵀ + mask) V; the query heads of one key head are the rows of one product."""
-    _, heads, length, width = query.shape
-    groups = key.shape[1]
-    rows = query.reshape(groups, -1, width) * scaling
-    scores = (rows @ key[0].mT).view(groups, -1, length, key.shape[2])
-    if mask is None:
+    batch, heads, length, width = query.shape
+    keys = key.shape[2]
+    rows = query.reshape(batch * key.shape[1], -1, width) * scaling
+    scores = (rows @ key.reshape(-1, keys, width).mT).view(batch, heads, length, keys)
+    if mask is None and length > 1:
         mask = _causal(length)
-    scores = scores + mask if mask.dtype != torch.bool else scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1).view(groups, -1, key.shape[2])
-    return (weights @ value[0]).view(1, heads, length, -1).transpose(1, 2)
+    if mask is not None:
+        # The least number rather than minus infinity: a query of padding, which sees nothing, stays a number.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + mask if mask.dtype != torch.bool else scores.masked_fill(~mask, lowest)
+    weights = scores.softmax(dim=-1).view(rows.shape[0], -1, keys)
+    return (weights @ value.reshape(rows.shape[0], keys, -1)).view(batch, heads, length, -1).transpose(1, 2)
+
+
+def short_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`attend`, as Transformers calls an attention."""
+    return attend(module, query, key, value, attention_mask, **kwargs), None
+
+
+@contextmanager
+def attending_by_products(model: Any) -> Iterator[None]:
+    """While open, attention that the model would leave to SDPA goes by products where rows are short."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    own = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
+    for config in own:
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for config in own:
+            config._attn_implementation = "sdpa"
 
 
 @lru_cache(maxsize=16)
@@ -93,3 +129,7 @@ def own_masks() -> Iterator[None]:
     finally:
         for mask in made:
             mask.cache_clear()
+
+
+AttentionInterface.register(NAME, short_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

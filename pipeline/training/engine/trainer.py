@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,33 @@ def held(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def outputs_of(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """While open, everything that `model` gives is also kept in the list."""
+    given: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: given.append(output))
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
 def _without_rows(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != ROWS}
+
+
+class _Later(dict[str, Any]):
+    """A batch whose reference columns are made when TRL's loss reads them: after the policy's forward pass."""
+
+    def __init__(self, inputs: dict[str, Any], make: Callable[[], dict[str, torch.Tensor]]) -> None:
+        super().__init__(inputs)
+        self._make = make
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        if name not in COLUMNS:
+            raise KeyError(name)
+        self.update(made := self._make())
+        return made[name]
 
 
 class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
@@ -44,6 +69,8 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
 
     opened_learning_rate: float
     mean_over_rows = True
+    begins_as_reference = False
+    """Whether policy and reference were seen to give the same bits before the first step."""
     _kept: KeptReference
     _shared: SharedPrompt
 
@@ -62,10 +89,25 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
         What trains is afterwards what trained before: PEFT opens a frozen adapter that it switches to.
         """
         with held(self.model):
-            if self.precompute_ref_logps and COLUMNS[0] not in inputs:
+            if not self.precompute_ref_logps or COLUMNS[0] in inputs:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            if not self._is_reference():
                 logps = self._kept.logps(inputs, lambda: self.compute_ref_log_probs(model, _without_rows(inputs)))
                 inputs = {**inputs, **dict(zip(COLUMNS, logps, strict=True))}
-            return super().compute_loss(model, inputs, *args, **kwargs)
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            with outputs_of(model) as outputs:
+                batch = dict(inputs)
+
+                def policys() -> tuple[torch.Tensor, torch.Tensor]:
+                    chosen, rejected = outputs[-1].log_probs.detach().sum(dim=1).chunk(2)
+                    return chosen, rejected
+
+                later = _Later(inputs, lambda: dict(zip(COLUMNS, self._kept.logps(batch, policys), strict=True)))
+                return super().compute_loss(model, later, *args, **kwargs)
+
+    def _is_reference(self) -> bool:
+        """Whether the policy is the reference still (no dropout or noise is let in), so that one pass scores both."""
+        return self.begins_as_reference and self.state.global_step == 0 and self.ld_alpha is None
 
     def keep_reference(self, kept: KeptReference) -> None:
         """Takes the reference's log-probabilities from what is kept, instead of scoring it in every step."""

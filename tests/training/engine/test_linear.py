@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.training.engine import linear
 from pipeline.training.engine.linear import join_products
+from tests.tiny import LLAMA, config_of, save_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(3, 67).view(2, 32)
@@ -60,16 +61,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 def test_values_and_gradients_are_those_of_peft(
     tiny_folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(tiny_folder, **settings)
-    logits, gradients = result(copy.deepcopy(model))
-    calls = count_calls(monkeypatch, "_lora")
-    join_products(model, rounds=False)
-    ours, found = result(model)
-    assert calls
-    assert torch.allclose(ours, logits, atol=1e-5)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
+    assert follows_peft(build(tiny_folder, **settings), monkeypatch) > 0
 
 
 @pytest.mark.parametrize(
@@ -113,18 +105,34 @@ def test_a_rounded_weight_is_made_anew_when_the_weight_has_changed() -> None:
     assert half()[0, 0] == 2
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}])
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_more_than_one_plain_lora_is_left_to_peft(
     tiny_folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(tiny_folder, **settings)
+    assert follows_peft(build(tiny_folder, **settings), monkeypatch) == 0
+
+
+@pytest.mark.parametrize(("biased", "joined"), [(False, 4 * 7), (True, 4 * 3)])
+def test_a_layer_whose_bias_trains_is_left_to_peft(
+    biased: bool, joined: int, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bias: all` trains the biases of four attention layers in each of four blocks, where the model has them."""
+    config = config_of("Llama", tiny_tokenizer, **LLAMA, attention_bias=biased)
+    model = build(save_model(tmp_path, config, tiny_tokenizer), bias="all")
+    assert follows_peft(model, monkeypatch) == joined
+
+
+def follows_peft(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Asserts PEFT's values and gradients; returns how many layers computed them here."""
     logits, gradients = result(copy.deepcopy(model))
     join_products(model, rounds=False)
-    if "bias" not in settings:  # Llama's layers have none
-        monkeypatch.setattr(linear, "_lora", None)
+    calls = count_calls(monkeypatch, "_lora")
     ours, found = result(model)
-    assert torch.allclose(ours, logits, atol=1e-6)
+    assert torch.allclose(ours, logits, atol=1e-5)
     assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
+    return len(calls)
 
 
 def test_disabled_switched_and_merged_adapters_are_peft_s(tiny_folder: Path) -> None:

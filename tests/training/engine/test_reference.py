@@ -13,6 +13,7 @@ from pipeline.experiment_file import load_experiment
 from pipeline.training.dpo import run_dpo
 from pipeline.training.engine import reference
 from pipeline.training.engine.reference import ReferenceStore, reference_key, row_digest
+from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.keeper import Keeper
 from pipeline.training.sft import run_sft
 
@@ -145,6 +146,30 @@ def test_only_what_a_run_comes_to_is_scored(trained: Callable[..., Any]) -> None
     """Two steps of two pairs, and the held-out pairs: four of the twelve training pairs are scored."""
     _, few = trained(max_steps=2, per_device_train_batch_size=2)
     assert few["scored"] == 4 + 4
+
+
+def test_until_the_first_step_the_policy_s_own_pass_scores_the_reference(
+    trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the reference then, to the bit."""
+    scored: list[tuple[int, int]] = []
+    stock = PreferenceTrainer.compute_ref_log_probs
+
+    def count(trainer: Any, model: Any, inputs: Any) -> Any:
+        scored.append((trainer.state.global_step, len(inputs["input_ids"]) // 2))
+        return stock(trainer, model, inputs)
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", count)
+    ours, _ = trained()
+    proof = 8
+    assert sum(rows for step, rows in scored if step == 0) == proof
+    scored.clear()
+    cache.folder_of("references").rename(cache.folder_of("references").with_name("before"))
+    monkeypatch.setattr(PreferenceTrainer, "_is_reference", lambda trainer: False)
+    apart, _ = trained()
+    assert sum(rows for step, rows in scored if step == 0) == proof + 4 + 4
+    for name in ("loss", "rewards/chosen", "rewards/margins", "eval_rewards/margins", "eval_loss"):
+        assert ours.metrics[name] == apart.metrics[name], name
 
 
 class Scoring:

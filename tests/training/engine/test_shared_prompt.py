@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from pipeline.experiment import LossType
 from pipeline.training.engine.head import compact_head
+from pipeline.training.engine.joint import join
 from pipeline.training.engine.shared_prompt import SharedPrompt
 
 SMALL = {
@@ -54,6 +55,15 @@ PAIRS = [
     {"prompt_ids": [], "chosen_ids": [7, 8, 9], "rejected_ids": [17, 18, 19, 20]},
     # Cut by the length of 24, inside the completions.
     {"prompt_ids": list(range(120, 141)), "chosen_ids": list(range(150, 170)), "rejected_ids": list(range(180, 199))},
+]
+
+FRONT = list(range(200, 210))
+FRONTED = [
+    {"prompt_ids": [*FRONT, 10, 11, 12], "chosen_ids": [30, 31, 32, 0], "rejected_ids": [40, 41, 0]},
+    # Nothing behind it: both branches begin with its next token.
+    {"prompt_ids": [*FRONT, 50], "chosen_ids": [60, 61, 0], "rejected_ids": [62, 0]},
+    # A part of it is in the completions, which begin alike.
+    {"prompt_ids": FRONT[:6], "chosen_ids": [*FRONT[6:], 70, 71, 0], "rejected_ids": [*FRONT[6:], 70, 72, 73, 0]},
 ]
 
 
@@ -126,6 +136,25 @@ def test_each_family_trains_alike(make_trainer: Callable[..., Any], family: str)
     trainer = make_trainer(family)
     assert trainer.aux_loss_enabled == (family == "mixtral")
     hold_equal(trainer, PAIRS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_pairs_begin_with_trains_alike(make_trainer: Callable[..., Any], family: str) -> None:
+    trainer = make_trainer(family)
+    inputs = trainer.data_collator(FRONTED)
+    joint = join(inputs["input_ids"], inputs["attention_mask"])
+    assert joint.front == len(FRONT)
+    apart = join(inputs["input_ids"], inputs["attention_mask"], apart=True)
+    assert apart.front == 0
+    assert apart.input_ids.numel() - joint.input_ids.numel() == (len(FRONTED) - 1) * len(FRONT)
+    hold_equal(trainer, FRONTED)
+
+
+def test_a_front_is_for_several_pairs_and_some_tokens(make_trainer: Callable[..., Any]) -> None:
+    collate = make_trainer().data_collator
+    for pairs in (FRONTED[:1], PAIRS, [PAIRS[0], {**PAIRS[0], "prompt_ids": [*range(10, 17), 1]}]):
+        batch = collate(pairs)
+        assert join(batch["input_ids"], batch["attention_mask"]).front == 0
 
 
 @pytest.mark.parametrize("pair", range(len(PAIRS)))

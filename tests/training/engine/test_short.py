@@ -10,7 +10,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.training.engine import short
-from pipeline.training.engine.short import attend
+from pipeline.training.engine.short import NAME, attend, attending_by_products
 
 LAYER: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
 
@@ -81,3 +81,38 @@ def test_what_is_long_or_more_goes_to_sdpa(
     monkeypatch.setattr(short, "sdpa_attention_forward", stock)
     attend(LAYER, *parts(tokens, tokens), None, **changes)
     assert bool(calls) != by_products
+
+
+def test_padded_batches_are_answered_as_by_sdpa(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding in front, which sees nothing, and then one token behind what is remembered."""
+    calls = []
+    products = short._products
+    monkeypatch.setattr(short, "_products", lambda *given: (calls.append(given[0].shape[2]), products(*given))[1])
+    torch.manual_seed(0)
+    ids = torch.randint(3, 90, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :1] = 0, 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    @torch.no_grad()
+    def answered() -> list[torch.Tensor]:
+        first = chat_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        longer = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+        more = chat_model(
+            input_ids=ids[:, :1],
+            attention_mask=longer,
+            position_ids=positions[:, -1:] + 1,
+            past_key_values=first.past_key_values,
+        )
+        return [first.logits[mask.bool()], more.logits]
+
+    stock = answered()
+    assert not calls
+    with attending_by_products(chat_model):
+        assert chat_model.config._attn_implementation == NAME
+        ours = answered()
+    assert chat_model.config._attn_implementation == "sdpa"
+    layers = chat_model.config.num_hidden_layers
+    assert calls == [9] * layers + [1] * layers
+    for one, other in zip(ours, stock, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

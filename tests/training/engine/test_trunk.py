@@ -133,6 +133,11 @@ def test_the_check_sees_a_trunk_that_is_wrong() -> None:
         assert "nats a token off" in str(shared.check(model, batch))
 
 
+def exactly(trunk_cache: str) -> dict[str, str]:
+    """Rounded gradients would tell the order of sums apart, which differs: kept rows share no front."""
+    return {"trunk_cache": trunk_cache, "precision": "exact"}
+
+
 def test_a_run_with_the_trunk_kept_is_the_run_without(
     write_experiment: Callable[..., Path], tmp_path: Path, console: Any
 ) -> None:
@@ -142,7 +147,7 @@ def test_a_run_with_the_trunk_kept_is_the_run_without(
     run_sft(load_experiment(write_experiment(scope=scope, sft={"max_steps": 2})).experiment, root, console)
     metrics, accounts = {}, {}
     for setting in ("off", "auto", "disk"):
-        path = write_experiment(scope=scope, dpo={"max_steps": 4}, engine={"trunk_cache": setting})
+        path = write_experiment(scope=scope, dpo={"max_steps": 4}, engine=exactly(setting))
         outcome = run_dpo(load_experiment(path).experiment, root, console)
         metrics[setting] = outcome.metrics
         accounts[setting] = json.loads((outcome.run / "run.json").read_text())["engine"]["trunk"]
@@ -151,7 +156,7 @@ def test_a_run_with_the_trunk_kept_is_the_run_without(
     assert "2 frozen blocks are computed once a row" in console.file.getvalue()
     for setting in ("auto", "disk"):
         for name in ("loss", "rewards/margins", "logps/rejected", "grad_norm", "eval_loss"):
-            assert metrics[setting][name] == pytest.approx(metrics["off"][name], abs=1e-4), name
+            assert metrics[setting][name] == pytest.approx(metrics["off"][name], abs=1e-4, rel=2e-6), name
 
 
 def test_opened_blocks_share_prompts_and_the_trunk_below_them(
@@ -163,13 +168,11 @@ def test_opened_blocks_share_prompts_and_the_trunk_below_them(
     opened = {"last_blocks": 1, "final_norm": True, "learning_rate": 1.0e-3}
     metrics, engines = {}, {}
     for setting in ("off", "auto"):
-        path = write_experiment(
-            dpo={"max_steps": 4, "adapter": "frozen", "unfreeze": opened}, engine={"trunk_cache": setting}
-        )
+        path = write_experiment(dpo={"max_steps": 4, "adapter": "frozen", "unfreeze": opened}, engine=exactly(setting))
         outcome = run_dpo(load_experiment(path).experiment, root, console)
         metrics[setting] = outcome.metrics
         engines[setting] = json.loads((outcome.run / "run.json").read_text())["engine"]
         assert engines[setting]["shared_prompt"], engines[setting]["refusal"]
     assert (engines["off"]["trunk"], engines["auto"]["trunk"]["blocks"]) == (None, 3)
     for name in ("loss", "rewards/margins", "logps/rejected", "grad_norm", "eval_loss"):
-        assert metrics["auto"][name] == pytest.approx(metrics["off"][name], abs=1e-4), name
+        assert metrics["auto"][name] == pytest.approx(metrics["off"][name], abs=1e-4, rel=2e-6), name
