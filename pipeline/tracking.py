@@ -4,8 +4,9 @@ W&B is kept at arm's length: it mirrors `metrics.jsonl`, and never blocks or end
 said once, and the run goes on without it. The resolved experiment and the manifest
 are handed over; what W&B would gather by itself (environment, code, git remotes, console) stays here.
 
-W&B is spoken to from a thread of its own, so that a service that is slow, stopped or killed holds up no training step:
-at the start it may take `_INIT_TIMEOUT` seconds, at the end `_FINISH_TIMEOUT`, in between nothing.
+W&B is spoken to from threads of its own, so that a service that is slow, stopped or killed holds up no training step:
+at the start it may take `_START_TIMEOUT` seconds, and as long again offline, at the end `_FINISH_TIMEOUT`, in between
+nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from pipeline.redaction import hide
 
 _INIT_TIMEOUT = 30.0
 """Seconds that W&B may take to answer before the run is kept offline."""
+_START_TIMEOUT = 45.0
+"""Seconds that it may take whatever it does: W&B itself waits for its own process for ever, should that be stopped."""
 _FINISH_TIMEOUT = 60.0
 """Seconds that W&B may take at the end to send what it has not sent yet."""
 _WAITING = 100_000
@@ -154,6 +158,31 @@ class Tracker:
                 act(run)
             except Exception as error:
                 self.give_up(f"stopped ({type(error).__name__})")
+
+
+def _started(init: Callable[[], Any]) -> Any:
+    """What `init` returns, if it does within `_START_TIMEOUT`; else W&B's process is ended, so that another can begin.
+
+    Raises:
+        TimeoutError: it did not.
+        Exception: what `init` raised.
+    """
+    answer: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(init())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name="W&B's start", daemon=True).start()
+    try:
+        return answer.result(_START_TIMEOUT)
+    except TimeoutError as error:
+        if answer.done():
+            raise
+        _end_service()
+        raise TimeoutError(f"no answer within {_START_TIMEOUT:g} s") from error
 
 
 def _end_service() -> None:
@@ -311,12 +340,12 @@ def start_tracker(
             )
 
         try:
-            run = init(mode)
+            run = _started(lambda: init(mode))
         except Exception as error:
             if mode == "offline":
                 raise
             say(f"W&B cannot be reached ({type(error).__name__}); the run is tracked offline")
-            run = init("offline")
+            run = _started(lambda: init("offline"))
     except Exception as error:
         say(f"W&B is left out ({type(error).__name__}: {hide(str(error))}); metrics.jsonl holds everything")
         return Tracker(None, say)

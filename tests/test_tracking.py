@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,8 +234,9 @@ def test_a_tracker_that_cannot_start_leaves_the_run_alone(tmp_path: Path, monkey
     import wandb
 
     def broken(**arguments: Any) -> Any:
-        raise RuntimeError("no service")
+        raise RuntimeError(f"no service takes {KEY}")
 
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb, "init", broken)
     said: list[str] = []
     tracker = start_tracker(
@@ -246,6 +248,7 @@ def test_a_tracker_that_cannot_start_leaves_the_run_alone(tmp_path: Path, monkey
     assert len(said) == 2
     assert "tracked offline" in said[0]
     assert "metrics.jsonl holds everything" in said[1]
+    assert "no service takes ***" in said[1]
 
 
 def test_a_killed_process_of_wandb_does_not_end_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,11 +298,12 @@ class Slow:
         self.logged: list[int] = []
 
     def log(self, metrics: Any, step: int) -> None:
-        self.answer.wait()
+        self.answer.wait(60)
         self.logged.append(step)
 
 
-def test_nobody_waits_for_a_service_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("calls", "why"), [(2, "did not answer within 0 s"), (10, "does not keep up")])
+def test_nobody_waits_for_a_service_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, calls: int, why: str) -> None:
     """Every call would block for ever: training goes on, and the end waits for the stated time only."""
     ended: list[bool] = []
     monkeypatch.setattr(tracking, "_FINISH_TIMEOUT", 0.01)
@@ -307,12 +311,15 @@ def test_nobody_waits_for_a_service_that_does_not_answer(monkeypatch: pytest.Mon
     monkeypatch.setattr(tracking, "_end_service", lambda: ended.append(True))
     said: list[str] = []
     slow = Slow()
+    before = time.monotonic()
     tracker = tracking.Tracker(slow, said.append)
-    for step in range(10):
+    for step in range(calls):
         tracker.log(step, {"loss": 1.0})
+    assert tracker.gave_up is (calls == 10)  # more than may wait
     tracker.finish({"status": "finished"})
+    assert time.monotonic() - before < 10
     assert len(said) == 1
-    assert "does not keep up" in said[0] or "did not answer" in said[0]
+    assert why in said[0]
     assert (ended, tracker.gave_up) == ([True], True)
     slow.answer.set()
 
@@ -372,6 +379,36 @@ def test_a_service_that_does_not_answer_holds_up_the_start_for_a_while_only(
         )
     assert done.returncode == 0, done.stderr
     assert "the run is tracked offline" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_process_of_wandb_that_was_stopped_before_does_not_hold_up_the_start(
+    home: Path, tmp_path: Path, mode: str
+) -> None:
+    """It is there since an earlier stage; `wandb.init` waits for it without an end."""
+    script = (
+        "import psutil, signal, sys\n"
+        "from pathlib import Path\n"
+        "import wandb\n"
+        "from pipeline import tracking\n"
+        "from pipeline.experiment import Wandb\n"
+        "tracking._START_TIMEOUT = 3.0\n"
+        "wandb.setup()\n"
+        "(child,) = psutil.Process().children()\n"
+        "child.send_signal(signal.SIGSTOP)\n"
+        "try:\n"
+        "    tracker = tracking.start_tracker(Wandb(mode=sys.argv[2]), experiment='e', name='sft-001', stage='sft',\n"
+        "        folder=Path(sys.argv[1]), config={}, say=print)\n"
+        "    tracker.finish({'status': 'finished'})\n"
+        "finally:\n"
+        "    if child.is_running():\n"
+        "        child.kill()\n"
+    )
+    nowhere = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    with (tmp_path / "said").open("w+") as said:  # no pipe, whose end a stopped process would keep open
+        command = [sys.executable, "-c", script, str(tmp_path), mode]
+        assert subprocess.run(command, stdout=said, stderr=said, timeout=120, env=nowhere).returncode == 0
+    assert "TimeoutError" in (tmp_path / "said").read_text()
 
 
 class Taking:

@@ -83,7 +83,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         metrics = dict(logs)
         if self._opened_ratio is not None and "learning_rate" in metrics:
             metrics["learning_rate/opened"] = metrics["learning_rate"] * self._opened_ratio
-        if metrics.get("train_runtime", 0) > 0:
+        if metrics.get("train_runtime"):  # below zero where the clock was set back
             self._whole_time(metrics)
         # JSON has no NaN; the guard ends the run on one, and the record says at which step.
         metrics = {key: None if _not_finite(value) else value for key, value in metrics.items()}
@@ -137,19 +137,20 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         """Looks at the losses; a gradient that overflows is loss scaling's daily bread in float16."""
         for key in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             if _not_finite((logs or {}).get(key)):
-                self._fail(self._not_finite or key, state, control)
+                self.fail(self._not_finite or key, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves and stops if a signal came during the step; logs and stops if a figure was not finite."""
         if self._not_finite is not None:
             control.should_log = True
             control.should_save = control.should_evaluate = False
-            self._fail(self._not_finite, state, control)
+            self.fail(self._not_finite, state, control)
         elif self.interrupted:
             control.should_save = True
             control.should_training_stop = True
 
-    def _fail(self, figure: str, state: Any, control: Any) -> None:
+    def fail(self, figure: str, state: Any, control: Any) -> None:
+        """Ends the run at this step, for a figure that is not finite."""
         control.should_training_stop = True
         if self.failure is not None:
             return

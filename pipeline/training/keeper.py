@@ -80,8 +80,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             return
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in _trained(trainer.model))
         if not finite:  # in all processes alike, whose weights are the same
-            self._guard.note_not_finite("a trained weight", [])
-            trainer.control.should_log = trainer.control.should_training_stop = True
+            self._guard.fail("a trained weight", trainer.state, trainer.control)
             return
         # What all processes do together comes first; the first one writes.
         trainer.store_flos()

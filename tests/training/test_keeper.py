@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from pipeline.runs.checkpoints import problem_of
 from pipeline.runs.resume import Resume
 from pipeline.runs.run import read_run
 from pipeline.training import sft as sft_module
+from pipeline.training.callbacks import Guard
+from pipeline.training.keeper import Keeper
 from pipeline.training.sft import run_sft
 
 SHORT = {"num_train_epochs": 2, "per_device_train_batch_size": 4}  # 12 rows: three steps an epoch
@@ -193,11 +197,49 @@ def test_weights_that_are_not_finite_are_not_saved(
 
         trainer.optimizer.step = poisoned
 
-    at_step(monkeypatch, 2, poison)
+    at_step(monkeypatch, 1, poison)  # no evaluation stands between this step and its checkpoint
     with pytest.raises(PipelineError) as caught:
         run_sft(experiment(write_experiment, save_strategy="steps", save_steps=1), tmp_path, console)
     assert caught.value.code == "not-finite"
-    assert sorted(folder.name for folder in (tmp_path / "lights/sft-001/state").iterdir()) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
+    assert [folder.name for folder in (tmp_path / "lights/sft-001/state").iterdir()] == ["checkpoint-1"]
+
+
+def test_a_gradient_that_is_not_finite_names_its_rows_and_is_not_saved(
+    write_experiment: Any, tmp_path: Path, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the step is a number, and the weights are before the optimizer comes."""
+
+    def poison(trainer: Any) -> None:
+        parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    at_step(monkeypatch, 1, poison)
+    with pytest.raises(PipelineError) as caught:
+        run_sft(experiment(write_experiment, save_strategy="steps", save_steps=1), tmp_path, console)
+    assert caught.value.message.startswith("the gradient is not finite at step 2, which trained on ")
+    assert [folder.name for folder in (tmp_path / "lights/sft-001/state").iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_loss_scaling_is_left_to_skip_a_gradient_that_overflows(fp16: bool) -> None:
+    """There is no float16 training on a CPU: what is asked of Trainer's arguments is asked of a stand-in."""
+    args, guard = SimpleNamespace(fp16=fp16), Guard()
+    trainer = SimpleNamespace(args=args, places=[], train_dataset=[1])
+    Keeper(trainer, cast(Any, None), cast(Any, None), guard, print, None).watch_gradient(torch.tensor(float("inf")))
+    assert (guard.not_finite is None) is fp16
+    guard = Guard()
+    state, control = SimpleNamespace(global_step=3), SimpleNamespace()
+    guard.on_log(args, state, control, {"loss": 0.5, "grad_norm": float("inf")})
+    assert (guard.failure is None) is fp16
+    guard.on_log(args, state, control, {"loss": float("nan")})
+    assert guard.failure is not None
+
+
+@pytest.mark.parametrize("hours", [-1, 24])
+def test_a_clock_that_jumps_while_a_run_trains_does_not_touch_how_long_it_took(
+    write_experiment: Any, tmp_path: Path, console: Any, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    now = time.time
+    at_step(monkeypatch, 1, lambda trainer: monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours))
+    outcome = run_sft(experiment(write_experiment, max_steps=2), tmp_path, console)
+    assert 0 < read_run(outcome.run).manifest["metrics"]["train_runtime"] < 1800
