@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.data.tokens import common_prefix
+from pipeline.training.engine.short import plainly_causal
 
 _WORTH = 8
 """Tokens that a batch has to begin with before they get a part of their own: each part is a call of attention."""
@@ -60,7 +61,7 @@ class Joint:
             `[1, 1, length, before + length]` to add to the scores; None where it is plainly causal.
         """
         reaches = window is None or before + length <= window
-        if before == 0 and reaches:
+        if reaches and plainly_causal(before, length):
             return None
         key = (before, length, None if reaches else window, like.dtype, like.device)
         if key not in self._masks:

@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.data.tokens import common_prefix
-from pipeline.training.engine.short import allowed_to_see, attend
+from pipeline.training.engine.short import allowed_to_see, attend, plainly_causal
 from pipeline.training.engine.trial import trial_rows, window_of
 
 SEGMENTS = "pipeline_rows"
@@ -98,7 +98,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, before: int, window: 
     """One row by SDPA, which knows causality by itself where nothing stands before."""
     whole = key.shape[2]
     mask = None
-    if before or (window is not None and whole > window):
+    if not plainly_causal(before, query.shape[2]) or (window is not None and whole > window):
         mask = allowed_to_see(whole, window or whole, query.device)[:, :, before:]
     return attend(module, query, key, value, mask, **kwargs)
 

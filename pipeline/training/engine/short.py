@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -42,7 +43,7 @@ def attend(
         query: `[B, heads, T, d]`.
         key: `[B, key heads, S, d]`.
         value: the same.
-        mask: `[B or 1, 1, T, S]`, booleans or what is added to the scores; None: causal, and one query sees all keys.
+        mask: `[B or 1, 1, T, S]`, booleans or what is added to the scores; None: causal, the last query seeing all keys.
         **kwargs: what the layer hands to its attention.
 
     Returns:
@@ -53,9 +54,12 @@ def attend(
     short = short and query.device.type == "cpu" and query.dtype == torch.float32
     more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _MORE)
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    clear = mask is not None or (causal and query.shape[2] in (1, key.shape[2]))
-    if more or not short or not clear:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]  # type: ignore[no-any-return]
+    behind = key.shape[2] - query.shape[2] if mask is None and query.shape[2] > 1 else 0
+    if more or not short or (mask is None and not causal):
+        # SDPA's kernels know causality where there are as many queries as keys, and are slower with a mask.
+        whole = pad(query, (0, 0, behind, 0))
+        output: torch.Tensor = sdpa_attention_forward(module, whole, key, value, mask, **kwargs)[0]
+        return output[:, behind:]
     scaling = kwargs.get("scaling")
     return _products(query, key, value, mask, query.shape[3] ** -0.5 if scaling is None else scaling)
 
@@ -69,7 +73,7 @@ def _products(
     rows = query.reshape(batch * key.shape[1], -1, width) * scaling
     scores = (rows @ key.reshape(-1, keys, width).mT).view(batch, heads, length, keys)
     if mask is None and length > 1:
-        mask = _causal(length)
+        mask = _causal(length, keys)
     if mask is not None:
         # The least number rather than minus infinity: a query of padding, which sees nothing, stays a number.
         lowest = torch.finfo(scores.dtype).min
@@ -113,9 +117,14 @@ def allowed_to_see(length: int, window: int, device: torch.device) -> torch.Tens
 
 
 @lru_cache(maxsize=64)
-def _causal(length: int) -> torch.Tensor:
-    """`[length, length]`: 0 up to a query's own key, minus infinity behind it."""
-    return torch.full((length, length), float("-inf")).triu(1)
+def _causal(length: int, keys: int) -> torch.Tensor:
+    """`[length, keys]`: 0 up to a query's own key, minus infinity behind it; the last query's own is the last key."""
+    return torch.full((length, keys), float("-inf")).triu(1 + keys - length)
+
+
+def plainly_causal(before: int, length: int) -> bool:
+    """Whether `length` queries behind `before` others need no mask of `attend`: these others are then padding to it."""
+    return 4 * before <= length
 
 
 @contextmanager

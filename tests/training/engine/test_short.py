@@ -37,7 +37,7 @@ def masks(length: int, keys: int) -> dict[str, torch.Tensor]:
         (length, keys, mask)
         for length, keys in ((1, 1), (12, 12), (7, 20))
         for mask in (None, "causal", "window", "added")
-        if mask is not None or length == keys
+        if mask is not None or length == keys or length > 1
     ],
 )
 def test_values_and_gradients_are_sdpa_s(
@@ -45,17 +45,20 @@ def test_values_and_gradients_are_sdpa_s(
 ) -> None:
     chosen = None if mask is None else masks(length, keys)[mask]
 
-    def result() -> list[torch.Tensor]:
+    def result(shown: torch.Tensor | None = chosen) -> list[torch.Tensor]:
         tensors = parts(length, keys)
-        output = attend(LAYER, *tensors, chosen, scaling=scaling, dropout=0.0, sliding_window=5)
+        output = attend(LAYER, *tensors, shown, scaling=scaling, dropout=0.0, sliding_window=5)
         gradients = torch.autograd.grad(output.square().sum(), tensors)
         return [output, *gradients]
 
-    ours = result()
+    ours = [result()]
     monkeypatch.setattr(short, "_SCORES", 0)
-    for one, other in zip(ours, result(), strict=True):
-        assert one.shape == other.shape
-        assert torch.allclose(one, other, atol=1e-5)
+    ours.append(result())
+    stock = result(masks(length, keys)["causal" if mask is None else mask])  # SDPA with a mask in so many words
+    for mine in ours:
+        for one, other in zip(mine, stock, strict=True):
+            assert one.shape == other.shape
+            assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(
