@@ -43,7 +43,7 @@ def attend(
         query: `[B, heads, T, d]`.
         key: `[B, key heads, S, d]`.
         value: the same.
-        mask: `[B or 1, 1, T, S]`, booleans or what is added to the scores; None: causal, the last query seeing all keys.
+        mask: `[B or 1, 1, T, S]`, booleans or what is added to the scores; None: causal, the last query sees all.
         **kwargs: what the layer hands to its attention.
 
     Returns:
