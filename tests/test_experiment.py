@@ -33,6 +33,13 @@ def test_everything_but_the_name_has_a_default() -> None:
     assert errors(name=".hidden") == [("string_pattern_mismatch", "name")]
 
 
+def test_a_name_is_one_folder_below_the_runs() -> None:
+    for name in ("a", "A-1_b.c", "x" * 64, "-", "a..b"):
+        assert experiment(name=name).name == name
+    for name in ("", ".", "..", ".a", "a/b", "/a", "a\\b", "a b", "a\n", "a\0", "ä", "x" * 65):
+        assert [place for _, place in errors(name=name)] == ["name"], name
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

@@ -231,8 +231,10 @@ def test_loss_scaling_is_left_to_skip_a_gradient_that_overflows(fp16: bool) -> N
     state, control = SimpleNamespace(global_step=3), SimpleNamespace()
     guard.on_log(args, state, control, {"loss": 0.5, "grad_norm": float("inf")})
     assert (guard.failure is None) is fp16
-    guard.on_log(args, state, control, {"loss": float("nan")})
-    assert guard.failure is not None
+    for loss in ("loss", "eval_loss"):
+        guard = Guard()
+        guard.on_log(args, state, control, {loss: float("nan")})
+        assert guard.failure is not None
 
 
 @pytest.mark.parametrize("hours", [-1, 24])
