@@ -387,7 +387,7 @@ def test_a_process_of_wandb_that_was_stopped_before_does_not_hold_up_the_start(
 ) -> None:
     """It is there since an earlier stage; `wandb.init` waits for it without an end."""
     script = (
-        "import psutil, signal, sys\n"
+        "import psutil, signal, sys, time\n"
         "from pathlib import Path\n"
         "import wandb\n"
         "from pipeline import tracking\n"
@@ -396,10 +396,12 @@ def test_a_process_of_wandb_that_was_stopped_before_does_not_hold_up_the_start(
         "wandb.setup()\n"
         "(child,) = psutil.Process().children()\n"
         "child.send_signal(signal.SIGSTOP)\n"
+        "before = time.monotonic()\n"
         "try:\n"
         "    tracker = tracking.start_tracker(Wandb(mode=sys.argv[2]), experiment='e', name='sft-001', stage='sft',\n"
         "        folder=Path(sys.argv[1]), config={}, say=print)\n"
         "    tracker.finish({'status': 'finished'})\n"
+        "    assert time.monotonic() - before < 30, time.monotonic() - before\n"
         "finally:\n"
         "    if child.is_running():\n"
         "        child.kill()\n"

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.experiment import Model
+from pipeline.experiment import Experiment, Model
 from pipeline.model.base import BaseFiles, find_base, load_base, load_tokenizer, template_sha256
 from pipeline.model.device import Placement
+from pipeline.plan.outline import outline
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 
@@ -163,6 +165,16 @@ def test_damaged_weights_are_an_error(copy: Path, spoil: Callable[[bytes], bytes
     assert error.message.startswith("tiny cannot be loaded as a causal language model: ")
 
 
+def test_pickled_weights_beside_a_file_of_safetensors_are_not_read(copy: Path) -> None:
+    """Nor are they a good model's: Transformers takes them where no weights are called `model.safetensors`."""
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    torch.save(weights, copy / "pytorch_model.bin")
+    assert AutoModelForCausalLM.from_pretrained(copy) is not None
+    find_base(Model(id=str(copy)))
+    assert unloadable(copy).code == "unloadable-model"
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -230,8 +242,9 @@ def with_code(copy: Path) -> Path:
     [
         lambda folder: load_base(local(folder), Model(), CPU),
         lambda folder: load_tokenizer(local(folder), Model(), None),
+        lambda folder: outline(local(folder), Experiment(name="x"), "sft", torch.float32),
     ],
-    ids=["model", "tokenizer"],
+    ids=["model", "tokenizer", "plan"],
 )
 def test_code_that_comes_with_a_model_is_not_run_unasked(with_code: Path, load: Callable[[Path], Any]) -> None:
     with pytest.raises(PipelineError) as caught:

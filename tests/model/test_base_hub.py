@@ -49,6 +49,16 @@ def cache(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return repository
 
 
+def test_neither_pickles_nor_code_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how) or tmp_path)
+    refusal("org/tiny")
+    wanted = ["config.json", "tokenizer.json", "chat_template.jinja", "model-00001-of-00002.safetensors"]
+    names = [*wanted, "pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "x.pkl", "x.npz", "modeling_own.py"]
+    fetched = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=asked["allow_patterns"])
+    assert list(fetched) == wanted
+
+
 @pytest.mark.parametrize(
     ("revision", "commit"),
     [(None, COMMIT), ("main", COMMIT), ("v1", OLDER), (OLDER, OLDER)],
