@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.model.adapter import adapter_sha256
 from pipeline.runs.checkpoints import checkpoint_folders, problem_of
 from pipeline.runs.lock import is_locked
 from tests.faults.conftest import left
@@ -95,12 +97,33 @@ def test_sft_resume_and_accepted_changes(arena: Any, tmp_path: Path) -> None:
     assert (nothing.code, json.loads(nothing.message)["errors"][0]["code"]) == (2, "nothing-to-resume")
 
 
+def retrain(run: Path) -> None:
+    """Gives a run another adapter, and a manifest that says so."""
+    weights = run / "adapter/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    told = manifest(run)
+    told["adapter"]["sha256"] = adapter_sha256(run / "adapter")
+    (run / "run.json").write_text(json.dumps(told))
+
+
 def test_dpo_resume(arena: Any, tmp_path: Path) -> None:
     expected, root = arena.reference("dpo", "plain"), arena.start("dpo", "plain", tmp_path)
     command = ("dpo", arena.file("plain"), "--checkpoints", str(root), "--format", "json")
     assert arena.command(*command, hook=kill_at_step(4)).code == KILLED
     refused = arena.command(*command, "--resume", "--set", "dpo.beta=0.3")
     assert "`dpo.beta`: 0.1 then, 0.3 now" in json.loads(refused.message)["errors"][0]["message"]
+    # A newer SFT run is not what this one was started with; and what it was started with must be what it was.
+    another = root / "plain/sft-002"
+    shutil.copytree(root / "plain/sft-001", another)
+    retrain(another)
+    before = {path: path.read_bytes() for path in (root / "plain/sft-001").rglob("*") if path.is_file()}
+    retrain(root / "plain/sft-001")
+    refused = arena.command(*command, "--resume")
+    assert json.loads(refused.message)["errors"][0]["code"] == "adapter-changed"
+    for path, content in before.items():
+        path.write_bytes(content)
     resumed = arena.command(*command, "--resume", "dpo-001")
     assert resumed.code == 0, resumed
     arena.judge("command", f"dpo --resume: {resumed}", left(root / "plain/dpo-001") == expected)
