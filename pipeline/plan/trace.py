@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import trl.trainer.utils as trl_utils
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from pipeline.training.engine.attention import NAME
@@ -221,7 +222,7 @@ def _head(
     states.requires_grad_()
     where = torch.zeros(positions, dtype=torch.long)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        logps = ChunkedLogProbFunction.apply(
+        logps = trl_utils._ChunkedLogProbFunction.apply(
             states.flatten(0, 1)[where], head.weight, head.bias, where, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
             outputs,
         )[0]  # fmt: skip

@@ -97,8 +97,8 @@ def begin(
         try:
             with (
                 recorded(run, budget),
-                compact_head(placement.device),
                 multiplication(experiment.engine.precision, placement.device) as products,
+                compact_head(placement.device, rounds=products.round_gradients),
             ):
                 say(products.words)
                 yield run, tracker, products

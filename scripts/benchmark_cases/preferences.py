@@ -136,8 +136,8 @@ def train_side(
     began = time.perf_counter()
     with ExitStack() as stack:
         if side == "ours":
-            stack.enter_context(compact_head(policy.device))
             products = stack.enter_context(multiplication(precision, policy.device))
+            stack.enter_context(compact_head(policy.device, rounds=products.round_gradients))
             trainer: Any = PreferenceTrainer(model=policy, args=config, train_dataset=rows, processing_class=tokenizer)
             trainer.opened_learning_rate = opened_rate
             batch = trainer.trial_batch()

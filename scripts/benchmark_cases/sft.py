@@ -81,8 +81,8 @@ def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]
     model = preferences.load_model(folder)
     with ExitStack() as stack:
         if ours:
-            stack.enter_context(compact_head(placement.device))
             products = stack.enter_context(multiplication(precision, placement.device))  # type: ignore[arg-type]
+            stack.enter_context(compact_head(placement.device, rounds=products.round_gradients))
         trainer = (DemonstrationTrainer if ours else SFTTrainer)(
             model=model,
             args=config,

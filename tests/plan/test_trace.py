@@ -188,11 +188,11 @@ def test_the_head_grows_with_positions_up_to_a_tile_and_with_an_open_head() -> N
     few, many = (
         trace_step(policy_of(config, "meta"), Batch(4, 96, positions), **PLAIN).head for positions in (50, 120)
     )
-    # Each position has a row of logits in float32, in several tensors at once.
-    assert 70 * 32_768 * 4 < many - few < 70 * 32_768 * 4 * 10
+    row = 32_768 * 4
+    assert 70 * row < many - few < 2 * 70 * row  # a row of logits in float32 for each position
     opened = trace_step(policy_of(config, "meta", opened=["lm_head"]), Batch(4, 96, 50), **PLAIN).head
     gradient = 32_768 * 64 * 4
-    assert gradient <= opened - few <= 3 * gradient
+    assert gradient <= opened - few <= gradient + 10 * 50 * row  # and TRL's head keeps several such rows
 
 
 def test_on_triton_the_head_is_one_tile_of_half_precision() -> None:

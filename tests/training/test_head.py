@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,102 @@ def test_gradients_are_the_same(model: Any, batch: dict[str, torch.Tensor]) -> N
 
 
 def test_trl_is_as_it_was_afterwards() -> None:
-    before = trl_utils._use_triton, chunked_logprob.TOKEN_CHUNK_SIZE
+    def settings() -> tuple[Any, ...]:
+        return trl_utils._use_triton, trl_utils._ChunkedLogProbFunction, chunked_logprob.TOKEN_CHUNK_SIZE
+
+    before = settings()
     with compact_head(torch.device("cuda")):
         assert trl_utils._use_triton(torch.device("cpu"))
-        assert before[1] == chunked_logprob.TOKEN_CHUNK_SIZE
-    assert (trl_utils._use_triton, chunked_logprob.TOKEN_CHUNK_SIZE) == before
+        assert before[1:] == settings()[1:]
+    assert settings() == before
     with suppress(KeyError), compact_head(torch.device("cpu")):
         assert chunked_logprob.TOKEN_CHUNK_SIZE == head._CPU_TOKENS
+        assert trl_utils._ChunkedLogProbFunction is not before[1]
         raise KeyError
-    assert (trl_utils._use_triton, chunked_logprob.TOKEN_CHUNK_SIZE) == before
+    assert settings() == before
+
+
+Scores = tuple[torch.Tensor | None, ...]
+ALL = chunked_logprob.OPTIONAL_OUTPUTS
+
+
+def scored(
+    made: dict[str, Any], *, ours: bool, rounds: bool = False, outputs: tuple[str, ...] = ALL, **given: Any
+) -> tuple[Scores, torch.Tensor]:
+    """Every score of TRL's head or of ours, and the gradient of a sum of log-probabilities with weights."""
+    hidden = made["hidden"].clone().requires_grad_()
+    rest = (made["weight"], made.get("bias"), made["targets"], given.get("temperature", 1.0), 97)
+    rest = (*rest, given.get("cap"), given.get("scale", 1.0), outputs)
+    with compact_head(torch.device("cpu"), rounds=rounds) if ours else nullcontext():
+        found = trl_utils._ChunkedLogProbFunction.apply(hidden, *rest)
+    (found[0] * made["weights"]).sum().backward()
+    assert hidden.grad is not None
+    return tuple(None if one is None else one.detach() for one in found), hidden.grad
+
+
+@pytest.fixture
+def made() -> dict[str, Any]:
+    """A frozen head of 301 words, and more tokens than a tile holds."""
+    torch.manual_seed(2)
+    count = head._CPU_TOKENS + 21
+    return {
+        "hidden": torch.randn(count, 24),
+        "weight": torch.randn(301, 24) / 2,
+        "targets": torch.randint(0, 301, (count,)),
+        "weights": torch.rand(count) - 0.3,
+    }
+
+
+@pytest.mark.parametrize("given", [{}, {"cap": 3.0}, {"scale": 0.25}, {"temperature": 0.7, "cap": 5.0, "scale": 1.5}])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_frozen_head_gives_trls_scores_and_gradients(
+    made: dict[str, Any], given: dict[str, float], biased: bool
+) -> None:
+    if biased:
+        made["bias"] = torch.randn(301)
+    stock, stock_gradient = scored(made, ours=False, **given)
+    own, gradient = scored(made, ours=True, **given)
+    for name, theirs, one in zip(head._SCORES, stock, own, strict=True):
+        assert theirs is not None
+        assert one is not None
+        assert torch.allclose(theirs.float(), one.float(), rtol=1e-5, atol=1e-5), name
+    assert torch.allclose(stock_gradient, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_asked_for_is_computed(made: dict[str, Any]) -> None:
+    found, _ = scored(made, ours=True, outputs=("entropy",))
+    assert [one is not None for one in found] == [True, True, False, False, False]
+    with compact_head(torch.device("cpu")), head.log_probs_alone():
+        alone = trl_utils._ChunkedLogProbFunction.apply(
+            made["hidden"], made["weight"], None, made["targets"], 1.0, 97, None, 1.0, ALL
+        )
+    assert [one is not None for one in alone] == [True, False, False, False, False]
+    assert torch.equal(alone[0], found[0])  # a reference at the start is the policy, to the bit
+
+
+def test_of_equal_logits_the_first_is_the_hit(made: dict[str, Any]) -> None:
+    made["weight"][200] = made["weight"][100] = 9 * made["hidden"][0]
+    made["hidden"][1] = made["hidden"][0]
+    made["targets"][:2] = torch.tensor([100, 200])
+    for ours in (False, True):
+        top = scored(made, ours=ours)[0][-1]
+        assert top is not None
+        assert top[:2].tolist() == [True, False]
+
+
+def test_rounding_touches_gradients_alone(made: dict[str, Any]) -> None:
+    exact, gradient = scored(made, ours=True)
+    rounded, near = scored(made, ours=True, rounds=True)
+    assert all(torch.equal(one, other) for one, other in zip(exact, rounded, strict=True) if one is not None)
+    apart = float((near - gradient).norm() / gradient.norm())
+    assert 1e-6 < apart < 1e-2
+
+
+def test_a_head_that_trains_is_trls(made: dict[str, Any]) -> None:
+    weights = []
+    for ours in (False, True):
+        made["weight"] = made["weight"].detach().clone().requires_grad_()
+        scored(made, ours=ours)
+        weights.append(made["weight"].grad)
+    assert weights[0] is not None
+    assert torch.equal(*weights)

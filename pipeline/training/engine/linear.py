@@ -23,13 +23,14 @@ from torch.nn.functional import linear
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.device import available_memory
+from pipeline.training.engine.half import Half
 
 
 class _Plain(torch.autograd.Function):
     """y = x Wᵀ + b, its gradients of rounded factors."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, half: _Half) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, half: Half) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.half = half
         return linear(x, weight, bias)
@@ -61,7 +62,7 @@ class _Lora(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
-        half: _Half | None,
+        half: Half | None,
     ) -> torch.Tensor:
         read = (x if dropped is None else dropped).flatten(0, -2)  # [T, in]
         narrow = read @ a.T  # [T, r]
@@ -98,29 +99,6 @@ def _through(into: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (into @ weight).float()
 
 
-class _Half:
-    """A weight in bfloat16, made when a backward pass asks for it.
-
-    Args:
-        weight: float32.
-        kept: keeps it for the next backward pass, unless the weight trains.
-    """
-
-    def __init__(self, weight: torch.Tensor, *, kept: bool) -> None:
-        self._weight = weight
-        self._kept = kept
-        self._last: tuple[int, torch.Tensor] | None = None
-
-    def __call__(self) -> torch.Tensor:
-        version = self._weight._version
-        if self._last is not None and self._last[0] == version:
-            return self._last[1]
-        half = self._weight.detach().bfloat16()
-        if self._kept and not self._weight.requires_grad:
-            self._last = version, half
-        return half
-
-
 def join_products(model: Any, *, rounds: bool) -> None:
     """Puts these products in the place of PEFT's and torch's, in the float32 linear layers of a model's blocks.
 
@@ -147,10 +125,10 @@ def join_products(model: Any, *, rounds: bool) -> None:
     wanted = sum(2 * parameter.numel() for block in blocks for parameter in block.parameters())
     kept = free is not None and wanted <= free / 10
     for layer in joined:
-        half = _Half(layer.base_layer.weight, kept=kept) if rounds else None
+        half = Half(layer.base_layer.weight, kept=kept) if rounds else None
         layer.forward = partial(_lora_forward, layer, layer.forward, half)
     for layer in plain:
-        layer.forward = partial(_plain_forward, layer, layer.forward, _Half(layer.weight, kept=kept))
+        layer.forward = partial(_plain_forward, layer, layer.forward, Half(layer.weight, kept=kept))
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -161,7 +139,7 @@ def _is_float32(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
-def _plain_forward(layer: Any, stock: Callable[..., torch.Tensor], half: _Half, x: torch.Tensor) -> torch.Tensor:
+def _plain_forward(layer: Any, stock: Callable[..., torch.Tensor], half: Half, x: torch.Tensor) -> torch.Tensor:
     if not _is_float32(x):
         return stock(x)
     output: torch.Tensor = _plain(x, layer.weight, layer.bias, half)
@@ -171,7 +149,7 @@ def _plain_forward(layer: Any, stock: Callable[..., torch.Tensor], half: _Half, 
 def _lora_forward(
     layer: Any,
     stock: Callable[..., torch.Tensor],
-    half: _Half | None,
+    half: Half | None,
     x: torch.Tensor,
     *args: Any,
     **kwargs: Any,

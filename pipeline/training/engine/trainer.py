@@ -11,6 +11,7 @@ import torch
 from trl import DPOTrainer
 
 from pipeline.model.anatomy import anatomy_of
+from pipeline.training.engine.head import log_probs_alone
 from pipeline.training.engine.joint import joint_sizes
 from pipeline.training.engine.micro_batches import ROWS, MicroBatches
 from pipeline.training.engine.rates import split_learning_rates
@@ -120,7 +121,7 @@ class PreferenceTrainer(MicroBatches, DPOTrainer):  # type: ignore[misc]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """TRL's, and the same."""
-        with held(self.model):
+        with held(self.model), log_probs_alone():
             return super().compute_ref_log_probs(model, inputs)
 
     def trial_batch(self) -> dict[str, Any]:
