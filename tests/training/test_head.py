@@ -138,6 +138,7 @@ def test_a_frozen_head_gives_trls_scores_and_gradients(
     for name, theirs, one in zip(head._SCORES, stock, own, strict=True):
         assert theirs is not None
         assert one is not None
+        assert theirs.dtype == one.dtype, name
         assert torch.allclose(theirs.float(), one.float(), rtol=1e-5, atol=1e-5), name
     assert torch.allclose(stock_gradient, gradient, rtol=1e-4, atol=1e-5)
 

@@ -72,7 +72,11 @@ class _Scored(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         count = len(hidden)
         tile = min(count, _tile(len(weight)))
-        scores = {name: hidden.new_empty(count) for name in _SCORES if name in wanted}
+        scores = {
+            name: hidden.new_empty(count, dtype=torch.bool if name == "is_top1" else None)
+            for name in _SCORES
+            if name in wanted
+        }
         products = hidden.new_empty(tile, len(weight))
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         shares = products if half is None else products.new_empty(products.shape, dtype=torch.bfloat16)
