@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pipeline.training.engine.blocks import attend_parts, takes
 from pipeline.training.engine.joint import Joint
 from pipeline.training.engine.short import attend
 
@@ -47,6 +48,8 @@ def joint_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     joint.layers += 1
     window = kwargs.get("sliding_window")
+    if takes(module, query, joint.narrower(window), **kwargs):
+        return attend_parts(query, key, value, joint.parts, kwargs.get("scaling")), None
     flat = [joint.front, *(size for sizes in joint.sizes for size in sizes)]
     # Split and put together whole: slices would each give a gradient of the row's full size.
     parts = [torch.split(tensor, flat, dim=2) for tensor in (query, key, value)]

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from pipeline.data.tokens import common_prefix
+from pipeline.training.engine.blocks import Part
 from pipeline.training.engine.short import plainly_causal
 
 _WORTH = 8
@@ -47,6 +49,25 @@ class Joint:
     layers: int = 0
     """How many attention layers have read it."""
     _masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The front, then shared tokens, chosen and rejected of each pair, and what each of them sees."""
+        parts = [Part(0, self.front)]
+        front = [(0, self.front)] if self.front else []
+        start = self.front
+        for shared, chosen, rejected in self.sizes:
+            end = start + shared
+            parts.append(Part(start, end, tuple(front)))
+            before = (*front, (start, end)) if shared else tuple(front)
+            parts += [Part(end, end + chosen, before), Part(end + chosen, end + chosen + rejected, before)]
+            start = end + chosen + rejected
+        return parts
+
+    def narrower(self, window: int | None) -> int | None:
+        """A sliding window, if some token of the row does not see all that stands before it."""
+        reach = self.front + max((shared + max(branches) for shared, *branches in self.sizes), default=0)
+        return None if window is None or window >= reach else window
 
     def mask(self, before: int, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
         """What the tokens of one part see of `before` shared tokens and of each other.

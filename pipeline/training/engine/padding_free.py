@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.data.tokens import common_prefix
+from pipeline.training.engine.blocks import Part, attend_parts, takes
 from pipeline.training.engine.short import allowed_to_see, attend, plainly_causal
 from pipeline.training.engine.trial import trial_rows, window_of
 
@@ -72,6 +74,9 @@ def attend_by_row(
     eager = kwargs.pop(_ITSELF) == "eager"
     assert attention_mask is None, "rows have lengths in place of a mask"
     window = kwargs.get("sliding_window")
+    narrower = window if window is not None and front + max(lengths) > window else None
+    if not eager and takes(module, query, narrower, **kwargs):
+        return attend_parts(query, key, value, _parts(lengths, front), kwargs.get("scaling")), None
     run: Callable[..., torch.Tensor] = _attend_eagerly if eager else _attend
     queries, *seen = (torch.split(states, [front, *lengths], dim=2) for states in (query, key, value))
     outputs = []
@@ -81,6 +86,13 @@ def attend_by_row(
             keys, values = (torch.cat((parts[0], parts[at]), dim=2) if before else parts[at] for parts in seen)
             outputs.append(run(module, own, keys, values, before, window, **kwargs))
     return torch.cat(outputs, dim=1), None
+
+
+def _parts(lengths: list[int], front: int) -> list[Part]:
+    """What stands in front of all rows, and the rows behind it."""
+    stops = list(accumulate(lengths, initial=front))
+    before = ((0, front),) if front else ()
+    return [Part(0, front), *(Part(start, stop, before) for start, stop in pairwise(stops))]
 
 
 def by_row(lengths: list[int], own: str, front: int = 0) -> dict[str, Any]:

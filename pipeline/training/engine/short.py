@@ -24,7 +24,7 @@ _SCORES = 256 * 256
 at 256 the weights take 1 kB a token and head."""
 _WEIGHTS = 2**24
 """Weights of attention of all rows and heads at once: 64 MiB."""
-_MORE = ("position_bias", "cache", "softcap")
+MORE = ("position_bias", "cache", "softcap")
 """What SDPA's function does beyond the products, or refuses."""
 
 
@@ -52,7 +52,7 @@ def attend(
     scores = query.shape[2] * key.shape[2]
     short = scores <= _SCORES and query.shape[0] * query.shape[1] * scores <= _WEIGHTS
     short = short and query.device.type == "cpu" and query.dtype == torch.float32
-    more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _MORE)
+    more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in MORE)
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
     behind = key.shape[2] - query.shape[2] if mask is None and query.shape[2] > 1 else 0
     if more or not short or (mask is None and not causal):
@@ -122,6 +122,12 @@ def _causal(length: int, keys: int) -> torch.Tensor:
     return torch.full((length, keys), float("-inf")).triu(1 + keys - length)
 
 
+@lru_cache(maxsize=512)
+def hidden_behind(length: int, group: int) -> torch.Tensor:
+    """`[length · group, length]`: minus infinity behind a query's own key, else 0; a query has `group` rows."""
+    return torch.full((length, length), float("-inf")).triu(1).repeat_interleave(group, dim=0)
+
+
 def plainly_causal(before: int, length: int) -> bool:
     """Whether `length` queries behind `before` others need no mask of `attend`: these others are then padding to it."""
     return 4 * before <= length
@@ -130,7 +136,7 @@ def plainly_causal(before: int, length: int) -> bool:
 @contextmanager
 def own_masks() -> Iterator[None]:
     """While open, no mask is taken from before, and none that is made stays: those of a trace have no storage."""
-    made = (allowed_to_see, _causal)
+    made = (allowed_to_see, _causal, hidden_behind)
     for mask in made:
         mask.cache_clear()
     try:

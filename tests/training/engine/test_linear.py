@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pipeline.training.engine import linear
+from pipeline.training.engine.half import Half
 from pipeline.training.engine.linear import join_products
 from tests.tiny import LLAMA, config_of, save_model
 
@@ -99,7 +100,7 @@ def test_without_room_for_copies_the_result_is_the_same(tiny_folder: Path, monke
 
 def test_a_rounded_weight_is_made_anew_when_the_weight_has_changed() -> None:
     weight = torch.nn.Parameter(torch.full((2, 2), 1.0), requires_grad=False)
-    half = linear._Half(weight, kept=True)
+    half = Half(weight, kept=True)
     assert half() is half()
     weight.fill_(2.0)
     assert half()[0, 0] == 2

@@ -1,0 +1,181 @@
+"""Causal attention over parts of one row by plain products, on a CPU, with a backward pass of its own.
+
+A part is a run of tokens that sees some runs before it, whole, and itself up to each token. Its queries are taken in
+blocks, and a block is multiplied with no key behind its last query: of a long part that is half. The kernel behind SDPA
+does as little, but its backward pass takes two to three times as long as the products themselves; and the same
+products through autograd, part by part, are a hundred small operations where these are ten.
+
+The weights of attention are kept for the backward pass where a token sees few, and made again where it sees many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.training.engine.short import MORE, hidden_behind
+
+_QUERIES = 128
+"""Queries in a block."""
+_KEPT = 256
+"""Keys of a block up to which its weights are kept: 1 kB a token and head."""
+
+
+class Part(NamedTuple):
+    """Tokens `start` to `stop` of a row."""
+
+    start: int
+    stop: int
+    before: tuple[tuple[int, int], ...] = ()
+    """What they all see, from where to where, in the order of positions."""
+
+
+class _Block(NamedTuple):
+    """Some queries of a part, and how many of its keys they see."""
+
+    start: int
+    stop: int
+    keys: int
+
+
+def takes(module: torch.nn.Module, query: torch.Tensor, window: int | None, **kwargs: Any) -> bool:
+    """Whether `attend_parts` does what a layer asks of its attention.
+
+    Args:
+        module: the attention layer.
+        query: what it asks with.
+        window: how many tokens back a query sees, where that is not all.
+        **kwargs: what the layer hands to its attention.
+    """
+    more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in MORE)
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
+    return query.device.type == "cpu" and query.dtype == torch.float32 and window is None and causal and not more
+
+
+def attend_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], scaling: float | None
+) -> torch.Tensor:
+    """softmax(scaling · Q Kᵀ) V within each part and what it sees.
+
+    Args:
+        query: `[1, heads, T, d]`, float32 on a CPU.
+        key: `[1, key heads, T, d]`.
+        value: the same.
+        parts: all tokens of the row, each once.
+        scaling: of the products; None: 1 / sqrt(d).
+
+    Returns:
+        `[1, T, heads, d]`.
+    """
+    parts = tuple(part for part in parts if part.stop > part.start)
+    output: torch.Tensor = _attend(query, key, value, parts, query.shape[3] ** -0.5 if scaling is None else scaling)
+    return output
+
+
+class _Attention(torch.autograd.Function):
+    """Inside, tensors are `[key heads, T · g, d]`: the g query heads of a key head are rows behind each other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: tuple[Part, ...],
+        scaling: float,
+    ) -> torch.Tensor:
+        heads = key.shape[1]
+        group = query.shape[1] // heads
+        rows = _rows(query, heads).mul_(scaling)
+        keys, values = key[0].contiguous(), value[0].contiguous()
+        output = torch.empty_like(rows)
+        weights: list[torch.Tensor] = []
+        for part in parts:
+            seen, read = _seen(keys, part), _seen(values, part)
+            for block in _blocks(part):
+                own = _weights(rows, seen, block, group)
+                output[:, block.start * group : block.stop * group] = own @ read[:, : block.keys]
+                if block.keys <= _KEPT:
+                    weights.append(own)
+        ctx.parts, ctx.scaling, ctx.group = parts, scaling, group
+        ctx.save_for_backward(rows, keys, values, *weights)
+        return _back(output, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        rows, keys, values, *weights = ctx.saved_tensors
+        group = ctx.group
+        into = _rows(grads[0].transpose(1, 2), len(keys))
+        to_rows, to_keys, to_values = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+        at = len(weights)
+        for part in reversed(ctx.parts):
+            seen, read = _seen(keys, part), _seen(values, part)
+            to_seen, to_read = torch.zeros_like(seen), torch.zeros_like(read)
+            for block in reversed(list(_blocks(part))):
+                if block.keys <= _KEPT:
+                    at -= 1
+                    own = weights[at]
+                else:
+                    own = _weights(rows, seen, block, group)
+                place = slice(block.start * group, block.stop * group)
+                gradient = into[:, place]
+                through = torch._softmax_backward_data(gradient @ read[:, : block.keys].mT, own, -1, own.dtype)
+                to_rows[:, place] = through @ seen[:, : block.keys]
+                to_seen[:, : block.keys] += through.mT @ rows[:, place]
+                to_read[:, : block.keys] += own.mT @ gradient
+            for whole, given in ((to_keys, to_seen), (to_values, to_read)):
+                _give(whole, given, part)
+        to_query = _back(to_rows.mul_(ctx.scaling), group).transpose(1, 2)
+        return to_query, to_keys[None], to_values[None], None, None
+
+
+_attend: Any = _Attention.apply
+
+
+def _rows(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """A copy of `[1, heads · g, T, d]` as `[heads, T · g, d]`."""
+    _, total, length, width = states.shape
+    rows = states.new_empty(heads, length, total // heads, width)
+    rows.copy_(states.view(heads, -1, length, width).transpose(1, 2))
+    return rows.view(heads, -1, width)
+
+
+def _back(rows: torch.Tensor, group: int) -> torch.Tensor:
+    """`[heads, T · g, d]` as `[1, T, heads · g, d]`."""
+    heads, _, width = rows.shape
+    return rows.view(heads, -1, group, width).transpose(0, 1).reshape(1, -1, heads * group, width)
+
+
+def _blocks(part: Part) -> Iterator[_Block]:
+    """A part's queries in blocks of nearly equal size."""
+    before = sum(stop - start for start, stop in part.before)
+    length = part.stop - part.start
+    count = -(-length // _QUERIES)
+    for at in range(count):
+        first, last = length * at // count, length * (at + 1) // count
+        yield _Block(part.start + first, part.start + last, before + last)
+
+
+def _seen(states: torch.Tensor, part: Part) -> torch.Tensor:
+    """What a part sees of `[heads, T, d]`."""
+    own = states[:, part.start : part.stop]
+    return torch.cat([*(states[:, start:stop] for start, stop in part.before), own], dim=1) if part.before else own
+
+
+def _give(whole: torch.Tensor, given: torch.Tensor, part: Part) -> None:
+    """Adds a gradient of `_seen` to where it was seen."""
+    at = 0
+    for start, stop in (*part.before, (part.start, part.stop)):
+        whole[:, start:stop] += given[:, at : at + stop - start]
+        at += stop - start
+
+
+def _weights(rows: torch.Tensor, seen: torch.Tensor, block: _Block, group: int) -> torch.Tensor:
+    """The weights of attention of a block's queries, `[heads, n · g, keys]`."""
+    scores = rows[:, block.start * group : block.stop * group] @ seen[:, : block.keys].mT
+    length = block.stop - block.start
+    if length > 1:
+        scores[:, :, block.keys - length :] += hidden_behind(length, group)
+    return torch.softmax(scores, dim=-1)
