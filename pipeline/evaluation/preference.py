@@ -6,7 +6,7 @@ Secretly a Reward Model", equation 7.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,9 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.tokens import Completion, Pair
-from pipeline.evaluation.beginning import Beginning, beginning_of, remembers_keys_alone
-from pipeline.evaluation.inference import evaluating, forward_parameters, left_padded
+from pipeline.evaluation.inference import evaluating, forward_parameters
 from pipeline.evaluation.intervals import Estimate, bootstrap
+from pipeline.evaluation.packed import packed_logits, packing
+
+_TRIAL_TOKENS = 16
+"""Of two completions, on which scoring without padding is held against the plain forward."""
+_LIMIT = 1e-3
+"""Difference of a token's log-probability, in nats, that is rounding in float32."""
+_HALF_LIMIT = 0.1
+"""The same in half precision."""
 
 PairLogps: TypeAlias = Callable[[Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
 """Pairs to the log-probabilities of the chosen and of the rejected completions, `[B]` each, in nats."""
@@ -44,44 +51,73 @@ def completion_logps(
         model: a Transformers causal language model, or a PEFT model around one; its mode is left as it is.
         completions: token ids.
         batch_size: sequences at a time.
-        share_prompts: computes once what all prompts begin with: the same but for rounding. A proof asks for the plain
-            forward instead.
+        share_prompts: without padding, and what all prompts of a batch begin with once, where the model can: the same
+            but for rounding. A proof asks for the plain forward instead.
         progress: called with the number of sequences scored since the last call.
         see: shown what each token was predicted from.
     """
-    keeps_logits = "logits_to_keep" in forward_parameters(model)
     logps = torch.zeros(len(completions))
     # Prompts of a length together: then the batch has few positions that are a completion's in one row only.
     order = sorted(range(len(completions)), key=lambda index: -len(completions[index].prompt_ids))
     with evaluating(model):
-        shared = [completion.prompt_ids for completion in completions] if share_prompts else []
-        beginning = beginning_of(model, shared)
-        completions = [one._replace(prompt_ids=one.prompt_ids[beginning.length :]) for one in completions]
+        packed = share_prompts and _packs(model, [(completion,) for completion in completions])
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
-            ids, mask = _right_padded([completions[index] for index in batch], model.device)
-            first = max(min(len(completions[index].prompt_ids) for index in batch), 1)
-            kept = ids.shape[1] - first + 1
-            arguments = {"logits_to_keep": kept} if keeps_logits else {}
-            output = model(input_ids=ids, use_cache=False, **beginning.inputs(mask), **arguments)
-            logits = output.logits[:, -kept:]  # [b, kept, V]; logits[:, j] predict position first + j
-            for row, index in enumerate(batch):
-                own, targets = _scored(logits[row], ids[row], completions[index], first)
-                logps[index] = -torch.nn.functional.cross_entropy(own, targets, reduction="sum")
+            rows = [completions[index] for index in batch]
+            for index, logits in zip(batch, _packed(model, rows) if packed else _padded(model, rows), strict=True):
+                logps[index] = _log_probability(logits, completions[index])
                 if see is not None:
-                    see(index, own)
+                    see(index, logits)
             if progress is not None:
                 progress(len(batch))
     return logps
 
 
-def _scored(
-    logits: torch.Tensor, ids: torch.Tensor, completion: Completion, first: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 logits `[n, V]` of a completion's scored tokens, and the tokens `[n]`."""
-    start = max(len(completion.prompt_ids), 1)
-    end = len(completion.prompt_ids) + len(completion.completion_ids)
-    return logits[start - first : end - first].float(), ids[start:end]
+def _padded(model: Any, completions: Sequence[Completion]) -> Iterator[torch.Tensor]:
+    """The float32 logits `[n, V]` of each completion's scored tokens, by the plain forward."""
+    ids, mask = _right_padded(completions, model.device)
+    first = max(min(len(completion.prompt_ids) for completion in completions), 1)
+    kept = ids.shape[1] - first + 1
+    arguments = {"logits_to_keep": kept} if "logits_to_keep" in forward_parameters(model) else {}
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
+    logits = output.logits[:, -kept:]  # [b, kept, V]; logits[:, j] predict position first + j
+    for row, completion in enumerate(completions):
+        start = max(len(completion.prompt_ids), 1)
+        end = len(completion.prompt_ids) + len(completion.completion_ids)
+        yield logits[row, start - first : end - first].float()
+
+
+def _packed(model: Any, completions: Sequence[Completion]) -> Iterator[torch.Tensor]:
+    """The same, on one row without padding."""
+    with packing(model):
+        logits = packed_logits(model, [(completion,) for completion in completions])
+    assert logits is not None, "the model read the row of the trial"
+    for own in logits:
+        yield own.float()
+
+
+def _packs(model: Any, rows: Sequence[tuple[Completion, ...]]) -> bool:
+    """Whether a model gives the same on rows without padding: tried on the beginning of two completions."""
+    sequences = [[one.prompt_ids + one.completion_ids for one in row] for row in rows]
+    if not rows or any(max(map(len, row)) < 2 for row in sequences):
+        return False
+    few = [Completion([], max(row, key=len)[:_TRIAL_TOKENS]) for row in sequences[:2]]
+    with packing(model) as can:
+        logits = packed_logits(model, [(one,) for one in few]) if can else None
+    if logits is None:
+        return False
+    apart = [
+        abs(_log_probability(own.float(), completion) - _log_probability(other, completion)) / completion.scored_tokens
+        for completion, own, other in zip(few, logits, _padded(model, few), strict=True)
+    ]
+    return max(apart) <= (_LIMIT if model.dtype == torch.float32 else _HALF_LIMIT)
+
+
+def _log_probability(logits: torch.Tensor, completion: Completion) -> float:
+    """Of a completion, in nats, from the float32 logits `[n, V]` of its scored tokens."""
+    sequence = completion.prompt_ids + completion.completion_ids
+    targets = torch.tensor(sequence[len(sequence) - len(logits) :], device=logits.device, dtype=torch.long)
+    return -float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
 
 
 def _right_padded(completions: Sequence[Completion], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,52 +147,31 @@ def pair_logps(
         model: as in `completion_logps`.
         pairs: token ids.
         batch_size: completions at a time.
-        share_prompts: computes a prompt once for both completions where the model keeps keys and values of it, and
-            nothing else: the same log-probabilities but for rounding. A proof asks for the plain forward instead.
+        share_prompts: without padding, and a prompt once for both completions, where the model can: the same
+            log-probabilities but for rounding. A proof asks for the plain forward instead.
         progress: called with the number of completions scored since the last call.
     """
-    if not (share_prompts and remembers_keys_alone(model) and all(pair.prompt_ids for pair in pairs)):
-        each = [Completion(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-        logps = completion_logps(model, each, batch_size=batch_size, progress=progress)
-        return logps[0::2], logps[1::2]
-    chosen_and_rejected = torch.zeros(len(pairs), 2)
-    # Prompts of a length together: they are padded to the longest.
-    order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index].prompt_ids))
-    count = max(batch_size // 2, 1)
+    rows = [
+        (Completion(pair.prompt_ids, pair.chosen_ids), Completion(pair.prompt_ids, pair.rejected_ids)) for pair in pairs
+    ]
     with evaluating(model):
-        beginning = beginning_of(model, [pair.prompt_ids for pair in pairs])
-        for at in range(0, len(order), count):
-            batch = order[at : at + count]
-            chosen_and_rejected[batch] = _after_one_prompt(model, beginning, [pairs[index] for index in batch])
+        if not (share_prompts and _packs(model, rows)):
+            each = [completion for row in rows for completion in row]
+            logps = completion_logps(model, each, batch_size=batch_size, progress=progress)
+            return logps[0::2], logps[1::2]
+        both = torch.zeros(len(pairs), 2)
+        count = max(batch_size // 2, 1)
+        for at in range(0, len(pairs), count):
+            batch = rows[at : at + count]
+            with packing(model):
+                logits = packed_logits(model, batch)
+            assert logits is not None, "the model read the row of the trial"
+            completions = [row[side] for side in (0, 1) for row in batch]
+            found = [_log_probability(own.float(), one) for own, one in zip(logits, completions, strict=True)]
+            both[at : at + len(batch)] = torch.tensor(found).view(2, -1).T
             if progress is not None:
                 progress(2 * len(batch))
-    return chosen_and_rejected[:, 0], chosen_and_rejected[:, 1]
-
-
-def _after_one_prompt(model: Any, beginning: Beginning, pairs: Sequence[Pair]) -> torch.Tensor:
-    """Log-probabilities of chosen and rejected, `[B, 2]`: the prompts first, flush right, then both completions."""
-    prompts, mask = left_padded([pair.prompt_ids[beginning.length :] for pair in pairs], model.device)
-    given = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), **beginning.inputs(mask)}
-    before = given["attention_mask"]
-    prompted = model(input_ids=prompts, use_cache=True, logits_to_keep=1, **given)
-    first = prompted.logits[:, -1].float()  # [B, V]: what the completions' first tokens are predicted from
-    completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    ids, mask = _right_padded([Completion([], tokens[:-1]) for tokens in completions], model.device)
-    logits = None
-    if ids.shape[1]:
-        cache = prompted.past_key_values
-        cache.batch_repeat_interleave(2)
-        behind = before.sum(dim=1).repeat_interleave(2)[:, None] + torch.arange(ids.shape[1], device=model.device)
-        seen = torch.cat([before.repeat_interleave(2, dim=0), mask], dim=1)
-        logits = model(input_ids=ids, attention_mask=seen, position_ids=behind, past_key_values=cache).logits
-    logps = torch.zeros(len(completions))
-    for row, tokens in enumerate(completions):
-        own = first[row // 2][None]
-        if logits is not None:
-            own = torch.cat([own, logits[row, : max(len(tokens) - 1, 0)].float()])
-        targets = torch.tensor(tokens, device=model.device, dtype=torch.long)
-        logps[row] = -torch.nn.functional.cross_entropy(own[: len(tokens)], targets, reduction="sum")
-    return logps.view(-1, 2)
+    return both[:, 0], both[:, 1]
 
 
 def preference_scores(policy: PairLogps, reference: PairLogps, pairs: Sequence[Pair], beta: float) -> torch.Tensor:

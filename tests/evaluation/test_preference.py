@@ -12,7 +12,9 @@ from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.data.tokens import Completion, Pair, tokenize_pair
+from pipeline.evaluation import preference
 from pipeline.evaluation.beginning import remembers_keys_alone
+from pipeline.evaluation.packed import packed_logits
 from pipeline.evaluation.preference import (
     completion_logps,
     pair_logps,
@@ -194,8 +196,9 @@ def test_a_prompt_is_computed_once_for_both_completions(chat_model: Any, monkeyp
         )
         torch.testing.assert_close(torch.stack([chosen, rejected], dim=1).flatten(), expected, rtol=0, atol=1e-4)
     assert done == [2, 2, 2, 2, 4, 4, 8]
-    # A pair at a time: the prompts once, and of both completions all but the last token, padded to the longer one.
-    assert sum(computed[:7]) == (30) + (5 + 2 * 8) + (3 + 2 * 3) + (1 + 2 * 2)
+    # The trial without padding and with it; then a pair at a time: what both share once, and no row's last token.
+    assert computed[:2] == [6 + 15, 2 * 16]
+    assert computed[2:6] == [4 + 3, 29 + 1 + 1, 4 + 2 + 9, 3]
 
 
 def test_what_all_prompts_begin_with_is_computed_once(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +233,8 @@ def test_what_all_prompts_begin_with_is_computed_once(chat_model: Any, monkeypat
             torch.testing.assert_close(ours[at], logits, rtol=0, atol=1e-4)
         shared = torch.stack(pair_logps(chat_model, pairs, batch_size=batch_size, share_prompts=True))
         torch.testing.assert_close(shared, each, rtol=0, atol=1e-4)
-    assert computed[:4] == [12, 4 + 9, 3 + 2, 1 + 1]
+    # A trial on 16 tokens; then all but the last tokens, the first 12 for each batch that has two rows.
+    assert computed[2:5] == [12 + 4 + 8, 12 + 3 + 1, 12 + 1]
 
 
 def test_a_model_with_windows_scores_each_completion_behind_its_own_prompt(chat_model: Any) -> None:
@@ -240,3 +244,17 @@ def test_a_model_with_windows_scores_each_completion_behind_its_own_prompt(chat_
     assert not remembers_keys_alone(chat_model)
     shared = pair_logps(chat_model, pairs, share_prompts=True)
     assert torch.equal(torch.stack(shared), torch.stack(expected))
+
+
+def test_rows_that_a_model_reads_otherwise_are_padded(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = completion_logps(chat_model, COMPLETIONS)
+
+    def wrong(*args: Any) -> list[torch.Tensor] | None:
+        logits = packed_logits(*args)
+        return None if logits is None else [own * 1.1 for own in logits]
+
+    monkeypatch.setattr(preference, "packed_logits", wrong)
+    assert torch.equal(completion_logps(chat_model, COMPLETIONS, share_prompts=True), expected)
+    monkeypatch.setattr(preference, "packed_logits", lambda *args: None)  # or does not read at all
+    assert torch.equal(completion_logps(chat_model, COMPLETIONS, share_prompts=True), expected)
+    assert chat_model.config._attn_implementation == "sdpa"

@@ -1,0 +1,92 @@
+"""Completions scored without padding, on the joint row that DPO trains on: prompts once, a common beginning once.
+
+A completion by itself is a pair of two equal rows there: all of it is shared. The head is run on what predicts a
+completion's tokens and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pipeline.data.tokens import Completion
+from pipeline.evaluation.beginning import remembers_keys_alone
+from pipeline.training.engine import short
+from pipeline.training.engine.attention import NAME
+from pipeline.training.engine.joint import Joint, join
+
+_READS = ("sdpa", short.NAME)
+"""Attention in whose place the joint row's own can be put."""
+
+
+@contextmanager
+def packing(model: Any) -> Iterator[bool]:
+    """While open, a model reads joint rows; gives whether it can, as far as its configuration tells.
+
+    Args:
+        model: a Transformers causal language model, or a PEFT model around one.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    before = [(one, own) for one in configs if (own := getattr(one, "_attn_implementation", None)) in _READS]
+    if not before or not remembers_keys_alone(model):
+        yield False
+        return
+    for config, _ in before:
+        config._attn_implementation = NAME
+    try:
+        yield True
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+def packed_logits(model: Any, rows: Sequence[tuple[Completion, ...]]) -> list[torch.Tensor] | None:
+    """What each scored token is predicted from, while `packing` is open.
+
+    Args:
+        model: see `packing`; without gradients.
+        rows: completions by themselves, or two behind one prompt; with it, one of them has two tokens at least.
+
+    Returns:
+        Logits `[n, V]` of the n scored tokens of each completion, in the model's precision, first of all rows' first
+        completions, then of their second ones; None where the model did not read the row.
+    """
+    completions = [completion for side in (0, -1) for completion in (row[side] for row in rows)]
+    sequences = [completion.prompt_ids + completion.completion_ids for completion in completions]
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for at, sequence in enumerate(sequences):
+        ids[at, : len(sequence)] = torch.tensor(sequence)
+        mask[at, : len(sequence)] = 1
+    joint = join(ids.to(model.device), mask.to(model.device))
+    source = joint.source.view(len(sequences), -1)
+    places = [
+        source[at, max(len(completion.prompt_ids), 1) - 1 : len(sequence) - 1]
+        for at, (completion, sequence) in enumerate(zip(completions, sequences, strict=True))
+    ]
+    asked = places[: len(rows) * len(rows[0])]
+    logits = _read(model, joint, torch.cat(asked))
+    return None if logits is None else list(torch.split(logits, [len(place) for place in asked]))
+
+
+def _read(model: Any, joint: Joint, places: torch.Tensor) -> torch.Tensor | None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        output = inner(
+            input_ids=joint.input_ids,
+            position_ids=joint.position_ids,
+            # Four dimensions: passed on as it is, by models with one mask and with one for each type of layer.
+            attention_mask=joint.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+            use_cache=False,
+            logits_to_keep=places,
+            joint=joint,
+        )
+    except (TypeError, ValueError):  # a model that takes no keyword of ours, or no mask of this shape
+        return None
+    if joint.layers != inner.config.get_text_config().num_hidden_layers:
+        return None
+    logits: torch.Tensor = output.logits[0]
+    return logits
