@@ -87,7 +87,7 @@ class _Lora(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_dropped = (back @ a).view(shape)
         to_a = back.T @ read if ctx.needs_input_grad[4] else None
-        to_b = (into.T @ narrow).mul_(ctx.scaling) if ctx.needs_input_grad[5] else None
+        to_b = (narrow.T @ into).T.mul_(ctx.scaling) if ctx.needs_input_grad[5] else None
         return to_x, to_dropped, None, None, to_a, to_b, None, None
 
 
