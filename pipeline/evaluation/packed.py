@@ -14,6 +14,7 @@ import torch
 
 from pipeline.data.tokens import Completion
 from pipeline.evaluation.beginning import remembers_keys_alone
+from pipeline.evaluation.inference import right_padded
 from pipeline.training.engine import short
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.joint import Joint, join
@@ -52,16 +53,11 @@ def packed_logits(model: Any, rows: Sequence[tuple[Completion, ...]]) -> list[to
 
     Returns:
         Logits `[n, V]` of the n scored tokens of each completion, in the model's precision, first of all rows' first
-        completions, then of their second ones; None where the model did not read the row.
+        completions, then of their second ones; None where some layer did not read the row.
     """
     completions = [completion for side in (0, -1) for completion in (row[side] for row in rows)]
     sequences = [completion.prompt_ids + completion.completion_ids for completion in completions]
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for at, sequence in enumerate(sequences):
-        ids[at, : len(sequence)] = torch.tensor(sequence)
-        mask[at, : len(sequence)] = 1
-    joint = join(ids.to(model.device), mask.to(model.device))
+    joint = join(*right_padded(sequences, model.device))
     source = joint.source.view(len(sequences), -1)
     places = [
         source[at, max(len(completion.prompt_ids), 1) - 1 : len(sequence) - 1]
@@ -74,18 +70,15 @@ def packed_logits(model: Any, rows: Sequence[tuple[Completion, ...]]) -> list[to
 
 def _read(model: Any, joint: Joint, places: torch.Tensor) -> torch.Tensor | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    try:
-        output = inner(
-            input_ids=joint.input_ids,
-            position_ids=joint.position_ids,
-            # Four dimensions: passed on as it is, by models with one mask and with one for each type of layer.
-            attention_mask=joint.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-            use_cache=False,
-            logits_to_keep=places,
-            joint=joint,
-        )
-    except (TypeError, ValueError):  # a model that takes no keyword of ours, or no mask of this shape
-        return None
+    output = inner(
+        input_ids=joint.input_ids,
+        position_ids=joint.position_ids,
+        # Four dimensions: passed on as it is, by models with one mask and with one for each type of layer.
+        attention_mask=joint.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+        use_cache=False,
+        logits_to_keep=places,
+        joint=joint,
+    )
     if joint.layers != inner.config.get_text_config().num_hidden_layers:
         return None
     logits: torch.Tensor = output.logits[0]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.tokens import Completion, Pair
-from pipeline.evaluation.inference import evaluating, forward_parameters
+from pipeline.evaluation.inference import evaluating, forward_parameters, right_padded
 from pipeline.evaluation.intervals import Estimate, bootstrap
 from pipeline.evaluation.packed import packed_logits, packing
 
@@ -75,7 +75,7 @@ def completion_logps(
 
 def _padded(model: Any, completions: Sequence[Completion]) -> Iterator[torch.Tensor]:
     """The float32 logits `[n, V]` of each completion's scored tokens, by the plain forward."""
-    ids, mask = _right_padded(completions, model.device)
+    ids, mask = right_padded([one.prompt_ids + one.completion_ids for one in completions], model.device)
     first = max(min(len(completion.prompt_ids) for completion in completions), 1)
     kept = ids.shape[1] - first + 1
     arguments = {"logits_to_keep": kept} if "logits_to_keep" in forward_parameters(model) else {}
@@ -103,7 +103,10 @@ def _packs(model: Any, rows: Sequence[tuple[Completion, ...]]) -> bool:
         return False
     few = [Completion([], max(row, key=len)[:_TRIAL_TOKENS]) for row in sequences[:2]]
     with packing(model) as can:
-        logits = packed_logits(model, [(one,) for one in few]) if can else None
+        try:
+            logits = packed_logits(model, [(one,) for one in few]) if can else None
+        except Exception:  # whatever a model's code raises on a form that it was not written for
+            return False
     if logits is None:
         return False
     apart = [
@@ -118,17 +121,6 @@ def _log_probability(logits: torch.Tensor, completion: Completion) -> float:
     sequence = completion.prompt_ids + completion.completion_ids
     targets = torch.tensor(sequence[len(sequence) - len(logits) :], device=logits.device, dtype=torch.long)
     return -float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-
-
-def _right_padded(completions: Sequence[Completion], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask `[B, T]`; a masked position holds id 0, which nothing reads."""
-    sequences = [completion.prompt_ids + completion.completion_ids for completion in completions]
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)
 
 
 def pair_logps(

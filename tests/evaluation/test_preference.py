@@ -257,4 +257,10 @@ def test_rows_that_a_model_reads_otherwise_are_padded(chat_model: Any, monkeypat
     assert torch.equal(completion_logps(chat_model, COMPLETIONS, share_prompts=True), expected)
     monkeypatch.setattr(preference, "packed_logits", lambda *args: None)  # or does not read at all
     assert torch.equal(completion_logps(chat_model, COMPLETIONS, share_prompts=True), expected)
+
+    def unknown(*args: Any) -> None:
+        raise TypeError("got an unexpected keyword argument 'joint'")
+
+    monkeypatch.setattr(preference, "packed_logits", unknown)
+    assert torch.equal(completion_logps(chat_model, COMPLETIONS, share_prompts=True), expected)
     assert chat_model.config._attn_implementation == "sdpa"

@@ -62,12 +62,12 @@ def attend_parts(
     Args:
         query: `[1, heads, T, d]`, float32 on a CPU.
         key: `[1, key heads, T, d]`.
-        value: the same.
+        value: the same, of a width of their own in some models.
         parts: all tokens of the row, each once.
         scaling: of the products; None: 1 / sqrt(d).
 
     Returns:
-        `[1, T, heads, d]`.
+        `[1, T, heads, d]`, d the values'.
     """
     parts = tuple(part for part in parts if part.stop > part.start)
     output: torch.Tensor = _attend(query, key, value, parts, query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -90,7 +90,7 @@ class _Attention(torch.autograd.Function):
         group = query.shape[1] // heads
         rows = _rows(query, heads).mul_(scaling)
         keys, values = key[0].contiguous(), value[0].contiguous()
-        output = torch.empty_like(rows)
+        output = rows.new_empty(*rows.shape[:2], values.shape[2])
         weights: list[torch.Tensor] = []
         for part in parts:
             seen, read = _seen(keys, part), _seen(values, part)

@@ -33,7 +33,8 @@ LAYOUTS = {
 def tensors(length: int) -> list[torch.Tensor]:
     """Queries of four heads, keys and values of two, laid out as a layer's projections lay them out."""
     torch.manual_seed(0)
-    return [torch.randn(1, length, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    shapes = ((4, 8), (2, 8), (2, 6))
+    return [torch.randn(1, length, heads, width).transpose(1, 2).requires_grad_() for heads, width in shapes]
 
 
 def allowed(parts: list[Part]) -> torch.Tensor:
