@@ -97,7 +97,7 @@ class Arena:
         if variant == "trunk":
             definition["sft"] = {**definition["sft"], "unfreeze": {"last_blocks": 0}}
         for section, change in changes.items():
-            definition[section] = {**definition[section], **change} if isinstance(change, dict) else change
+            definition[section] = {**definition.get(section, {}), **change} if isinstance(change, dict) else change
         path = self.folder / f"{variant}.yaml"
         path.write_text(json.dumps(definition), encoding="utf-8")
         return load_experiment(path).experiment
