@@ -264,3 +264,15 @@ def test_rows_that_a_model_reads_otherwise_are_padded(chat_model: Any, monkeypat
     monkeypatch.setattr(preference, "packed_logits", unknown)
     assert torch.equal(completion_logps(chat_model, COMPLETIONS, share_prompts=True), expected)
     assert chat_model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_does_not_read_the_joint_row_is_noticed(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single row reads the same then, and two completions behind one prompt would see each other."""
+    pairs = [Pair([5, 6, 7], [8, 9], [10, 11])]
+    expected = pair_logps(chat_model, pairs)
+    layer = chat_model.model.layers[0].self_attn
+    stock = layer.forward
+    monkeypatch.setattr(
+        layer, "forward", lambda *args, joint=None, **given: stock(*args, **{**given, "attention_mask": None})
+    )
+    assert torch.equal(torch.stack(pair_logps(chat_model, pairs, share_prompts=True)), torch.stack(expected))

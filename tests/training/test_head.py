@@ -180,3 +180,10 @@ def test_a_head_that_trains_is_trls(made: dict[str, Any]) -> None:
         weights.append(made["weight"].grad)
     assert weights[0] is not None
     assert torch.equal(*weights)
+
+
+def test_under_autocast_the_head_is_trls(made: dict[str, Any]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        stock, own = (scored(made, ours=ours) for ours in (False, True))
+    assert torch.equal(stock[1], own[1])
+    assert all(torch.equal(one, other) for one, other in zip(stock[0], own[0], strict=True) if one is not None)

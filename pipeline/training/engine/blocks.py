@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.training.engine.short import MORE, hidden_behind
+from pipeline.training.engine.short import asks_for_products, hidden_behind
 
 _QUERIES = 128
 """Queries in a block."""
@@ -49,9 +49,7 @@ def takes(module: torch.nn.Module, query: torch.Tensor, window: int | None, **kw
         window: how many tokens back a query sees, where that is not all.
         **kwargs: what the layer hands to its attention.
     """
-    more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in MORE)
-    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    return query.device.type == "cpu" and query.dtype == torch.float32 and window is None and causal and not more
+    return window is None and asks_for_products(module, query, masked=False, **kwargs)
 
 
 def attend_parts(

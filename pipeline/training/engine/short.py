@@ -24,7 +24,7 @@ _SCORES = 256 * 256
 at 256 the weights take 1 kB a token and head."""
 _WEIGHTS = 2**24
 """Weights of attention of all rows and heads at once: 64 MiB."""
-MORE = ("position_bias", "cache", "softcap")
+_MORE = ("position_bias", "cache", "softcap")
 """What SDPA's function does beyond the products, or refuses."""
 
 
@@ -51,17 +51,28 @@ def attend(
     """
     scores = query.shape[2] * key.shape[2]
     short = scores <= _SCORES and query.shape[0] * query.shape[1] * scores <= _WEIGHTS
-    short = short and query.device.type == "cpu" and query.dtype == torch.float32
-    more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in MORE)
-    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
     behind = key.shape[2] - query.shape[2] if mask is None and query.shape[2] > 1 else 0
-    if more or not short or (mask is None and not causal):
+    if not short or not asks_for_products(module, query, masked=mask is not None, **kwargs):
         # SDPA's kernels know causality where there are as many queries as keys, and are slower with a mask.
         whole = pad(query, (0, 0, behind, 0))
         output: torch.Tensor = sdpa_attention_forward(module, whole, key, value, mask, **kwargs)[0]
         return output[:, behind:]
     scaling = kwargs.get("scaling")
     return _products(query, key, value, mask, query.shape[3] ** -0.5 if scaling is None else scaling)
+
+
+def asks_for_products(module: torch.nn.Module, query: torch.Tensor, *, masked: bool, **kwargs: Any) -> bool:
+    """Whether plain products do what a layer asks of its attention, and are worth it: in float32 on a CPU.
+
+    Args:
+        module: the attention layer.
+        query: what it asks with.
+        masked: whether a mask says what is seen; else it has to be causal.
+        **kwargs: what the layer hands to its attention.
+    """
+    more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _MORE)
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
+    return query.device.type == "cpu" and query.dtype == torch.float32 and not more and (masked or causal)
 
 
 def _products(
