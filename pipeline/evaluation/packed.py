@@ -30,18 +30,11 @@ def packing(model: Any) -> Iterator[bool]:
     Args:
         model: a Transformers causal language model, or a PEFT model around one.
     """
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    before = [(one, own) for one in configs if (own := getattr(one, "_attn_implementation", None)) in _READS]
-    if not before or not remembers_keys_alone(model):
+    if not remembers_keys_alone(model):
         yield False
         return
-    for config, _ in before:
-        config._attn_implementation = NAME
-    try:
-        yield True
-    finally:
-        for config, own in before:
-            config._attn_implementation = own
+    with short.attending(model, NAME, _READS) as can:
+        yield can
 
 
 def packed_logits(model: Any, rows: Sequence[tuple[Completion, ...]]) -> list[torch.Tensor] | None:

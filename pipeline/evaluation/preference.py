@@ -17,13 +17,10 @@ from pipeline.data.tokens import Completion, Pair
 from pipeline.evaluation.inference import evaluating, forward_parameters, right_padded
 from pipeline.evaluation.intervals import Estimate, bootstrap
 from pipeline.evaluation.packed import packed_logits, packing
+from pipeline.training.engine.trial import rounding_of
 
 _TRIAL_TOKENS = 16
 """Of two completions, on which scoring without padding is held against the plain forward."""
-_LIMIT = 1e-3
-"""Difference of a token's log-probability, in nats, that is rounding in float32."""
-_HALF_LIMIT = 0.1
-"""The same in half precision."""
 
 PairLogps: TypeAlias = Callable[[Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
 """Pairs to the log-probabilities of the chosen and of the rejected completions, `[B]` each, in nats."""
@@ -113,7 +110,7 @@ def _packs(model: Any, rows: Sequence[tuple[Completion, ...]]) -> bool:
         abs(_log_probability(own.float(), completion) - _log_probability(other, completion)) / completion.scored_tokens
         for completion, own, other in zip(few, logits, _padded(model, few), strict=True)
     ]
-    return max(apart) <= (_LIMIT if model.dtype == torch.float32 else _HALF_LIMIT)
+    return max(apart) <= rounding_of(model.dtype)
 
 
 def _log_probability(logits: torch.Tensor, completion: Completion) -> float:

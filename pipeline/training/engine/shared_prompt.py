@@ -16,15 +16,12 @@ import torch
 
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.joint import Joint, join
+from pipeline.training.engine.trial import rounding_of
 from pipeline.training.engine.trunk import Trunk
 
 _SUPPORTED = {"full_attention", "sliding_attention"}
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 _BATCH = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
-_LIMIT = 1e-3
-"""Mean absolute difference of a completion's token log-probabilities, in nats, that is rounding in float32."""
-_HALF_LIMIT = 0.1
-"""The same in half precision."""
 
 
 class SharedPrompt:
@@ -163,7 +160,7 @@ class SharedPrompt:
             return f"{self.layers} of {layers} layers read the row through the attention that hides the completions"
         scored = (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
         apart = float(((plain - joined).abs().sum(dim=1) / scored).max())
-        allowed = _LIMIT if self.model.dtype == torch.float32 and not self._rounds else _HALF_LIMIT
+        allowed = rounding_of(self.model.dtype, rounds=self._rounds)
         if not apart <= allowed:
             return f"its log-probabilities are {apart:.3g} nats a token off the plain path's (allowed: {allowed:g})"
         return None

@@ -7,8 +7,8 @@ of attention for the backward pass, so the rule stops where these would take mor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -106,17 +106,28 @@ def short_attention(
 
 
 @contextmanager
-def attending_by_products(model: Any) -> Iterator[None]:
-    """While open, attention that the model would leave to SDPA goes by products where rows are short."""
+def attending(model: Any, name: str, instead_of: Sequence[str] = ("sdpa",)) -> Iterator[bool]:
+    """While open, a model's layers take another attention; gives whether any of them does.
+
+    Args:
+        model: whose layers; PEFT's copies of blocks have configurations of their own.
+        name: of the attention, as it is registered with Transformers.
+        instead_of: those in whose place it is put.
+    """
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    own = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
-    for config in own:
-        config._attn_implementation = NAME
+    own = [(one, before) for one in configs if (before := getattr(one, "_attn_implementation", None)) in instead_of]
+    for config, _ in own:
+        config._attn_implementation = name
     try:
-        yield
+        yield bool(own)
     finally:
-        for config in own:
-            config._attn_implementation = "sdpa"
+        for config, before in own:
+            config._attn_implementation = before
+
+
+def attending_by_products(model: Any) -> AbstractContextManager[bool]:
+    """While open, attention that the model would leave to SDPA goes by products where rows are short."""
+    return attending(model, NAME)
 
 
 @lru_cache(maxsize=16)
