@@ -13,7 +13,7 @@ from pipeline.experiment_file import load_experiment
 from pipeline.training.dpo import run_dpo
 from pipeline.training.engine import reference
 from pipeline.training.engine.reference import ReferenceStore, reference_key, row_digest
-from pipeline.training.engine.trainer import PreferenceTrainer
+from pipeline.training.engine.trainer import PreferenceTrainer, outputs_of
 from pipeline.training.keeper import Keeper
 from pipeline.training.sft import run_sft
 
@@ -170,6 +170,24 @@ def test_until_the_first_step_the_policy_s_own_pass_scores_the_reference(
     assert sum(rows for step, rows in scored if step == 0) == proof + 4 + 4
     for name in ("loss", "rewards/chosen", "rewards/margins", "eval_rewards/margins", "eval_loss"):
         assert ours.metrics[name] == apart.metrics[name], name
+
+
+def test_a_reference_is_asked_for_log_probabilities_alone(
+    trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    stock = PreferenceTrainer.compute_ref_log_probs
+
+    def look(trainer: Any, model: Any, inputs: Any) -> Any:
+        with outputs_of(trainer.model) as outputs:
+            found = stock(trainer, model, inputs)
+        logged.extend(output.entropy for output in outputs)
+        return found
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", look)
+    trained()
+    assert logged
+    assert all(entropy is None for entropy in logged)
 
 
 class Scoring:
