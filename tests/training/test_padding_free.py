@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.padding_free import SEGMENTS, attend_by_row, leave_padding_out
+from pipeline.training.engine.parts import Part, Row
 
 LENGTHS = (9, 23, 3, 14)
 WINDOW = 5
@@ -279,8 +280,8 @@ def test_a_model_that_reads_otherwise_keeps_padding(
 ) -> None:
     """An attention that lets rows see each other is caught by the trial, and the padded path is as it was."""
 
-    def one_row(module: Any, query: Any, *rest: Any, row_lengths: list[int], **kwargs: Any) -> Any:
-        return attend_by_row(module, query, *rest, row_lengths=[query.shape[2]], **kwargs)
+    def one_row(module: Any, query: Any, *rest: Any, row_parts: Row, **kwargs: Any) -> Any:
+        return attend_by_row(module, query, *rest, row_parts=Row([Part(0, query.shape[2])]), **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, SEGMENTS, one_row)
     trainer = make_trainer(build("Llama"))

@@ -1,11 +1,12 @@
-"""Attention over a joint row, part by part: the front, each pair's shared tokens over it, each branch over both.
+"""Attention over the parts of a row, none of which sees more than it may: on each device the way that is fastest there.
 
-Nothing is computed for pairs of tokens in different rows or branches, where one call with a mask over the whole row
-would compute all of them. Sliding windows count positions.
+Nothing is computed for pairs of tokens that do not see each other, where one call with a mask over the whole row would
+compute all of them. Sliding windows count positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,64 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipeline.training.engine.blocks import attend_parts, takes
+from pipeline.training.engine import blocks, varlen
 from pipeline.training.engine.joint import Joint
-from pipeline.training.engine.short import attend
+from pipeline.training.engine.parts import Part, Row
+from pipeline.training.engine.short import attend, plainly_causal
 
 NAME = "shared_prompt"
+
+
+def attend_in_parts(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row, **kwargs: Any
+) -> torch.Tensor:
+    """What Transformers' SDPA function gives for each part, over what the part sees.
+
+    Args:
+        module: the attention layer.
+        query: `[1, heads, T, d]`.
+        key: `[1, key heads, T, d]`.
+        value: the same, of a width of their own in some models.
+        row: its parts.
+        **kwargs: what the layer hands to its attention: `dropout`, `scaling`, `sliding_window` and whatever else.
+
+    Returns:
+        `[1, T, heads, d]`, d the values'.
+    """
+    window = row.narrower(kwargs.get("sliding_window"))
+    scaling = kwargs.get("scaling")
+    if blocks.takes(module, query, window, **kwargs):
+        return blocks.attend_in_blocks(query, key, value, row, scaling)
+    if varlen.takes(module, query, key, value, **kwargs):
+        return varlen.attend_in_one_call(query, key, value, row, scaling, window)
+
+    def run(part: Part, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        mask = None
+        if not plainly_causal(part.keys - part.length, part.length) or (window is not None and part.keys > window):
+            mask = row.mask(part, window, query.device)
+        return attend(module, queries, keys, values, mask, **kwargs)
+
+    return part_by_part(query, key, value, row, run)
+
+
+def part_by_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row, run: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Calls an attention for each part.
+
+    Args:
+        query: `[1, heads, T, d]`.
+        key: `[1, key heads, T, d]`.
+        value: the same.
+        row: its parts.
+        run: takes a part, its queries, and the keys and values that it sees; gives `[1, length, heads, d]`.
+
+    Returns:
+        `[1, T, heads, d]`.
+    """
+    queries = torch.split(query, [part.length for part in row.parts], dim=2)
+    keys, values = ([torch.cat(runs, dim=2) for runs in row.seen(states)] for states in (key, value))
+    return torch.cat([run(*given) for given in zip(row.parts, queries, keys, values, strict=True)], dim=1)
 
 
 def joint_attention(
@@ -30,49 +84,24 @@ def joint_attention(
     joint: Joint | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' SDPA where there is no joint row, and the same part by part where there is one.
+    """Transformers' SDPA where there is no joint row, and the same in parts where there is one.
 
     Args:
         module: the attention layer.
-        query: `[1, heads, T, width]`.
-        key: the same, of as many heads as the layer keeps keys for.
-        value: as `key`.
+        query: `[1, heads, T, d]`.
+        key: `[1, key heads, T, d]`.
+        value: the same.
         attention_mask: what the model made of the one it got; a joint row brings its own.
         joint: the row's layout.
-        kwargs: `dropout`, `scaling`, `sliding_window` and whatever else SDPA's function takes.
+        **kwargs: what the layer hands to its attention.
 
     Returns:
-        `[1, T, heads, width]`, and None for the weights.
+        `[1, T, heads, d]`, and None for the weights.
     """
     if joint is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     joint.layers += 1
-    window = kwargs.get("sliding_window")
-    if takes(module, query, joint.narrower(window), **kwargs):
-        return attend_parts(query, key, value, joint.parts, kwargs.get("scaling")), None
-    flat = [joint.front, *(size for sizes in joint.sizes for size in sizes)]
-    # Split and put together whole: slices would each give a gradient of the row's full size.
-    parts = [torch.split(tensor, flat, dim=2) for tensor in (query, key, value)]
-    outputs = []
-
-    def part(at: int, before: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Attends one part over what stands before it, keys and values, and itself; returns these of both."""
-        queries, *own = (tensors[at] for tensors in parts)
-        length = queries.shape[2]
-        if not length:
-            return before
-        seen = [torch.cat(pair, dim=2) if pair[0].shape[2] else pair[1] for pair in zip(before, own, strict=True)]
-        mask = joint.mask(before[0].shape[2], length, window, query)
-        outputs.append(attend(module, queries, seen[0], seen[1], mask, **kwargs))
-        return seen
-
-    nothing = [tensor[:, :, :0] for tensor in (key, value)]
-    front = part(0, nothing)
-    for pair in range(len(joint.sizes)):
-        shared = part(3 * pair + 1, front)
-        for branch in (2, 3):
-            part(3 * pair + branch, shared)
-    return torch.cat(outputs, dim=1), None
+    return attend_in_parts(module, query, key, value, joint.row, **kwargs), None
 
 
 AttentionInterface.register(NAME, joint_attention)

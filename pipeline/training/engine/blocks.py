@@ -1,35 +1,27 @@
 """Causal attention over parts of one row by plain products, on a CPU, with a backward pass of its own.
 
-A part is a run of tokens that sees some runs before it, whole, and itself up to each token. Its queries are taken in
-blocks, and a block is multiplied with no key behind its last query: of a long part that is half. The kernel behind SDPA
-does as little, but its backward pass takes two to three times as long as the products themselves; and the same
-products through autograd, part by part, are a hundred small operations where these are ten.
+The queries of a part are taken in blocks, and a block is multiplied with no key behind its last query: of a long part
+that is half. The kernel behind SDPA does as little, but its backward pass takes two to three times as long as the
+products themselves; and the same products through autograd, part by part, are a hundred small operations where these
+are ten.
 
 The weights of attention are kept for the backward pass where a token sees few, and made again where it sees many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.training.engine.parts import Part, Row
 from pipeline.training.engine.short import asks_for_products, hidden_behind
 
 _QUERIES = 128
 """Queries in a block."""
 _KEPT = 256
 """Keys of a block up to which its weights are kept: 1 kB a token and head."""
-
-
-class Part(NamedTuple):
-    """Tokens `start` to `stop` of a row."""
-
-    start: int
-    stop: int
-    before: tuple[tuple[int, int], ...] = ()
-    """What they all see, from where to where, in the order of positions."""
 
 
 class _Block(NamedTuple):
@@ -41,7 +33,7 @@ class _Block(NamedTuple):
 
 
 def takes(module: torch.nn.Module, query: torch.Tensor, window: int | None, **kwargs: Any) -> bool:
-    """Whether `attend_parts` does what a layer asks of its attention.
+    """Whether `attend_in_blocks` does what a layer asks of its attention.
 
     Args:
         module: the attention layer.
@@ -52,8 +44,8 @@ def takes(module: torch.nn.Module, query: torch.Tensor, window: int | None, **kw
     return window is None and asks_for_products(module, query, masked=False, **kwargs)
 
 
-def attend_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], scaling: float | None
+def attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row, scaling: float | None
 ) -> torch.Tensor:
     """softmax(scaling · Q Kᵀ) V within each part and what it sees.
 
@@ -61,14 +53,13 @@ def attend_parts(
         query: `[1, heads, T, d]`, float32 on a CPU.
         key: `[1, key heads, T, d]`.
         value: the same, of a width of their own in some models.
-        parts: all tokens of the row, each once.
+        row: its parts.
         scaling: of the products; None: 1 / sqrt(d).
 
     Returns:
         `[1, T, heads, d]`, d the values'.
     """
-    parts = tuple(part for part in parts if part.stop > part.start)
-    output: torch.Tensor = _attend(query, key, value, parts, query.shape[3] ** -0.5 if scaling is None else scaling)
+    output: torch.Tensor = _attend(query, key, value, row.parts, query.shape[3] ** -0.5 if scaling is None else scaling)
     return output
 
 
@@ -148,8 +139,7 @@ def _back(rows: torch.Tensor, group: int) -> torch.Tensor:
 
 def _blocks(part: Part) -> Iterator[_Block]:
     """A part's queries in blocks of nearly equal size."""
-    before = sum(stop - start for start, stop in part.before)
-    length = part.stop - part.start
+    length, before = part.length, part.keys - part.length
     count = -(-length // _QUERIES)
     for at in range(count):
         first, last = length * at // count, length * (at + 1) // count

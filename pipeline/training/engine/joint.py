@@ -16,15 +16,13 @@ pair sees it, and its shared part is what is left of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from pipeline.data.tokens import common_prefix
-from pipeline.training.engine.blocks import Part
-from pipeline.training.engine.short import plainly_causal
+from pipeline.training.engine.parts import Part, Row
 
 _WORTH = 8
 """Tokens that a batch has to begin with before they get a part of their own: each part is a call of attention."""
@@ -48,52 +46,20 @@ class Joint:
     """Tokens in front of all pairs, which all of them begin with."""
     layers: int = 0
     """How many attention layers have read it."""
-    _masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def row(self) -> Row:
         """The front, then shared tokens, chosen and rejected of each pair, and what each of them sees."""
         parts = [Part(0, self.front)]
-        front = [(0, self.front)] if self.front else []
+        front = ((0, self.front),) if self.front else ()
         start = self.front
         for shared, chosen, rejected in self.sizes:
             end = start + shared
-            parts.append(Part(start, end, tuple(front)))
-            before = (*front, (start, end)) if shared else tuple(front)
+            before = (*front, (start, end)) if shared else front
+            parts.append(Part(start, end, front))
             parts += [Part(end, end + chosen, before), Part(end + chosen, end + chosen + rejected, before)]
             start = end + chosen + rejected
-        return parts
-
-    def narrower(self, window: int | None) -> int | None:
-        """A sliding window, if some token of the row does not see all that stands before it."""
-        reach = self.front + max((shared + max(branches) for shared, *branches in self.sizes), default=0)
-        return None if window is None or window >= reach else window
-
-    def mask(self, before: int, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
-        """What the tokens of one part see of `before` shared tokens and of each other.
-
-        Args:
-            before: tokens of the shared part.
-            length: tokens of the part.
-            window: how many positions back a token sees, itself counted; None: all.
-            like: gives precision and device.
-
-        Returns:
-            `[1, 1, length, before + length]` to add to the scores; None where it is plainly causal.
-        """
-        reaches = window is None or before + length <= window
-        if reaches and plainly_causal(before, length):
-            return None
-        key = (before, length, None if reaches else window, like.dtype, like.device)
-        if key not in self._masks:
-            at = torch.arange(before, before + length, device=like.device)[:, None]
-            seen = torch.arange(before + length, device=like.device)[None, :]
-            hidden = seen > at
-            if not reaches:
-                hidden |= seen <= at - (window or 0)
-            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill(hidden, float("-inf"))[None, None]
-        return self._masks[key]
+        return Row(parts)
 
 
 def joint_sizes(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[int, int, int]:

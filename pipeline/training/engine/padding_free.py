@@ -27,16 +27,14 @@ from transformers import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.data.tokens import common_prefix
-from pipeline.training.engine.blocks import Part, attend_parts, takes
-from pipeline.training.engine.short import allowed_to_see, attend, plainly_causal
+from pipeline.training.engine.attention import attend_in_parts, part_by_part
+from pipeline.training.engine.parts import Part, Row
 from pipeline.training.engine.trial import trial_rows, window_of
 
 SEGMENTS = "pipeline_rows"
 """The name under which `attend_by_row` is registered with Transformers."""
-_LENGTHS = "row_lengths"
-"""The keyword that carries the rows' lengths through the model to its attention layers."""
-_FRONT = "row_front"
-"""The keyword that carries how many tokens stand in front of all rows."""
+_ROW = "row_parts"
+"""The keyword that carries the rows, as the parts of one, through the model to its attention layers."""
 _WORTH = 8
 """Tokens that all rows have to begin with before they get a part of their own: each part is a call of attention."""
 _ITSELF = "row_attention"
@@ -64,35 +62,25 @@ def attend_by_row(
         key: `[1, key heads, T, d]`.
         value: the same.
         attention_mask: none is made for this attention.
-        **kwargs: what the layer hands to its attention, the rows' lengths among it.
+        **kwargs: what the layer hands to its attention, the rows among it.
 
     Returns:
         `[1, T, heads, d]`, and no weights.
     """
-    lengths: list[int] = kwargs.pop(_LENGTHS)
-    front: int = kwargs.pop(_FRONT)
+    row: Row = kwargs.pop(_ROW)
     eager = kwargs.pop(_ITSELF) == "eager"
     assert attention_mask is None, "rows have lengths in place of a mask"
-    window = kwargs.get("sliding_window")
-    narrower = window if window is not None and front + max(lengths) > window else None
-    if not eager and takes(module, query, narrower, **kwargs):
-        return attend_parts(query, key, value, _parts(lengths, front), kwargs.get("scaling")), None
-    run: Callable[..., torch.Tensor] = _attend_eagerly if eager else _attend
-    queries, *seen = (torch.split(states, [front, *lengths], dim=2) for states in (query, key, value))
-    outputs = []
-    for at, own in enumerate(queries):
-        before = front if at else 0
-        if own.shape[2]:
-            keys, values = (torch.cat((parts[0], parts[at]), dim=2) if before else parts[at] for parts in seen)
-            outputs.append(run(module, own, keys, values, before, window, **kwargs))
-    return torch.cat(outputs, dim=1), None
+    if not eager:
+        return attend_in_parts(module, query, key, value, row, **kwargs), None
 
+    def run(part: Part, *given: torch.Tensor) -> torch.Tensor:
+        """The model's own eager attention, which takes everything from the mask."""
+        seen = row.mask(part, kwargs.get("sliding_window"), query.device)
+        mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+        output: torch.Tensor = _eager_of(module)(module, *given, mask, **kwargs)[0]
+        return output
 
-def _parts(lengths: list[int], front: int) -> list[Part]:
-    """What stands in front of all rows, and the rows behind it."""
-    stops = list(accumulate(lengths, initial=front))
-    before = ((0, front),) if front else ()
-    return [Part(0, front), *(Part(start, stop, before) for start, stop in pairwise(stops))]
+    return part_by_part(query, key, value, row, run), None
 
 
 def by_row(lengths: list[int], own: str, front: int = 0) -> dict[str, Any]:
@@ -103,25 +91,10 @@ def by_row(lengths: list[int], own: str, front: int = 0) -> dict[str, Any]:
         own: the model's own attention, `sdpa` or `eager`.
         front: tokens that stand in front of all rows.
     """
-    return {_LENGTHS: lengths, _ITSELF: own, _FRONT: front}
-
-
-def _attend(module: Any, query: Any, key: Any, value: Any, before: int, window: int | None, /, **kwargs: Any) -> Any:
-    """One row by SDPA, which knows causality by itself where nothing stands before."""
-    whole = key.shape[2]
-    mask = None
-    if not plainly_causal(before, query.shape[2]) or (window is not None and whole > window):
-        mask = allowed_to_see(whole, window or whole, query.device)[:, :, before:]
-    return attend(module, query, key, value, mask, **kwargs)
-
-
-def _attend_eagerly(
-    module: Any, query: Any, key: Any, value: Any, before: int, window: int | None, /, **kwargs: Any
-) -> Any:
-    """One row by the model's own eager attention, which takes everything from the mask."""
-    allowed = allowed_to_see(key.shape[2], window or key.shape[2], query.device)[:, :, before:]
-    mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
-    return _eager_of(module)(module, query, key, value, mask, **kwargs)[0]
+    stops = list(accumulate(lengths, initial=front))
+    before = ((0, front),) if front else ()
+    rows = [Part(start, stop, before) for start, stop in pairwise(stops)]
+    return {_ROW: Row([Part(0, front), *rows]), _ITSELF: own}
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:

@@ -70,9 +70,21 @@ def asks_for_products(module: torch.nn.Module, query: torch.Tensor, *, masked: b
         masked: whether a mask says what is seen; else it has to be causal.
         **kwargs: what the layer hands to its attention.
     """
+    fits = query.device.type == "cpu" and query.dtype == torch.float32
+    return fits and asks_for_no_more(module, masked=masked, **kwargs)
+
+
+def asks_for_no_more(module: torch.nn.Module, *, masked: bool, **kwargs: Any) -> bool:
+    """Whether a layer wants softmax(Q Kᵀ) V and nothing else: no dropout, no bias, no cap; causal unless it is masked.
+
+    Args:
+        module: the attention layer.
+        masked: whether a mask says what is seen.
+        **kwargs: what the layer hands to its attention.
+    """
     more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _MORE)
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    return query.device.type == "cpu" and query.dtype == torch.float32 and not more and (masked or causal)
+    return not more and (masked or causal)
 
 
 def _products(
@@ -130,14 +142,6 @@ def attending_by_products(model: Any) -> AbstractContextManager[bool]:
     return attending(model, NAME)
 
 
-@lru_cache(maxsize=16)
-def allowed_to_see(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """`[1, 1, length, length]`: whether a query sees a key, itself and the `window - 1` before it."""
-    at = torch.arange(length, device=device)
-    behind = at[:, None] - at[None, :]
-    return ((behind >= 0) & (behind < window))[None, None]
-
-
 @lru_cache(maxsize=64)
 def _causal(length: int, keys: int) -> torch.Tensor:
     """`[length, keys]`: 0 up to a query's own key, minus infinity behind it; the last query's own is the last key."""
@@ -158,7 +162,7 @@ def plainly_causal(before: int, length: int) -> bool:
 @contextmanager
 def own_masks() -> Iterator[None]:
     """While open, no mask is taken from before, and none that is made stays: those of a trace have no storage."""
-    made = (allowed_to_see, _causal, hidden_behind)
+    made = (_causal, hidden_behind)
     for mask in made:
         mask.cache_clear()
     try:

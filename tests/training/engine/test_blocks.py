@@ -10,7 +10,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.training.engine import blocks
-from pipeline.training.engine.blocks import Part, attend_parts, takes
+from pipeline.training.engine.blocks import attend_in_blocks, takes
+from pipeline.training.engine.parts import Part, Row
 
 LAYER: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
 LAYOUTS = {
@@ -63,7 +64,7 @@ def test_values_and_gradients_are_sdpas(
         return [output, *torch.autograd.grad((output * weights).sum(), given)]
 
     given = tensors(length)
-    own = gradients(attend_parts(given[0], given[1], given[2], parts, scaling), given)
+    own = gradients(attend_in_blocks(given[0], given[1], given[2], Row(parts), scaling), given)
     given = tensors(length)
     stock = gradients(sdpa_attention_forward(LAYER, *given, allowed(parts), scaling=scaling)[0], given)
     for one, other in zip(own, stock, strict=True):
@@ -73,16 +74,16 @@ def test_values_and_gradients_are_sdpas(
 
 def test_what_no_token_saw_gives_no_gradient_to_it() -> None:
     given = tensors(9)
-    output = attend_parts(given[0], given[1], given[2], [Part(0, 4), Part(4, 9)], None)
+    output = attend_in_blocks(given[0], given[1], given[2], Row([Part(0, 4), Part(4, 9)]), None)
     gradients = torch.autograd.grad(output[:, :4].sum(), given)
     assert all(not gradient[:, :, 4:].any() and gradient[:, :, :4].any() for gradient in gradients[2:])
 
 
 def test_without_gradients_the_values_are_the_same_bits() -> None:
     given = tensors(26)
-    with_gradient = attend_parts(given[0], given[1], given[2], LAYOUTS["pairs"], None)
+    with_gradient = attend_in_blocks(given[0], given[1], given[2], Row(LAYOUTS["pairs"]), None)
     with torch.no_grad():
-        assert torch.equal(with_gradient, attend_parts(given[0], given[1], given[2], LAYOUTS["pairs"], None))
+        assert torch.equal(with_gradient, attend_in_blocks(given[0], given[1], given[2], Row(LAYOUTS["pairs"]), None))
 
 
 @pytest.mark.parametrize(
