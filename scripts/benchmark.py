@@ -3,10 +3,11 @@
 python scripts/benchmark.py dpo --rows 16
 python scripts/benchmark.py partial --data preferences.jsonl --precision exact --format json
 
-Same rows, seed, batch order and settings; the sides alternate, each in a process of its own. `ratio_default` is the
-time of TRL as it comes over ours, `ratio_tuned` that of TRL tuned; `roofline_fraction` the operations that cannot be
-left out over what the processor could have done in our time, by its measured float32 matrix product. With
-`--same-memory`, `batch_in_same_memory` is the largest batch of ours that takes no more memory than TRL tuned.
+Same rows, seed, batch order and settings; the sides alternate, each in a process of its own, on the best device there
+is and in the precision that the commands would take there. `ratio_default` is the time of TRL as it comes over ours,
+`ratio_tuned` that of TRL tuned; `roofline_fraction` the operations that cannot be left out over what the device could
+have done in our time, by its measured matrix product. With `--same-memory`, `batch_in_same_memory` is the largest batch
+of ours that takes no more memory than TRL tuned. With `--shape`, a model of that shape with random weights, for a GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_cases import frame
+from benchmark_cases.shapes import SHAPES, write_random
 
-_SHARED = {"__init__", "frame", "preferences"}
+_SHARED = {"__init__", "frame", "preferences", "shapes"}
 CASES = sorted({path.stem for path in (Path(__file__).parent / "benchmark_cases").glob("*.py")} - _SHARED)
 
 
@@ -33,7 +35,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=("auto", "exact", "fast"), default="auto", help="ours (default: %(default)s)"
     )
-    parser.add_argument("--model", default="builtin:smollm2-135m", help="a folder, or (default) %(default)s")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", default="builtin:smollm2-135m", help="a folder, or (default) %(default)s")
+    models.add_argument("--shape", choices=SHAPES, help="random weights in the shape of this model")
     parser.add_argument(
         "--same-memory", action="store_true", help="also ours in batches twice as large, and so on, up to TRL's memory"
     )
@@ -55,15 +59,18 @@ def main() -> None:
     arguments = _arguments()
     case = importlib.import_module(f"benchmark_cases.{arguments.case}")
     if arguments.side:
-        from pipeline.model.device import peak_memory, place
+        from pipeline.model.device import peak_memory
 
         found = case.train(arguments.folder, arguments.side, arguments.precision, arguments.batch)
-        found["peak_memory"] = peak_memory(place("cpu", "float32"))
+        found["peak_memory"] = peak_memory(frame.placement())
         arguments.result.write_text(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / frame.BASE).symlink_to(_model(arguments.model), target_is_directory=True)
+        if arguments.shape:
+            write_random(folder / frame.BASE, SHAPES[arguments.shape], frame.placement())
+        else:
+            (folder / frame.BASE).symlink_to(_model(arguments.model), target_is_directory=True)
         work = case.prepare(folder, arguments.data, arguments.rows)
         how = arguments.case, folder
         runs = [
@@ -71,7 +78,7 @@ def main() -> None:
             for _ in range(arguments.repeats)
         ]
         sides = {side: frame.average([run[side] for run in runs]) for side in frame.SIDES}
-        figures = {"case": arguments.case, "precision": arguments.precision}
+        figures = {"case": arguments.case, "precision": arguments.precision, "device": frame.device_name()}
         figures |= frame.compare(work, sides, frame.matmul_peak())
         if arguments.same_memory:
             figures |= frame.grow(*how, arguments.precision, work, case.BATCH, sides)

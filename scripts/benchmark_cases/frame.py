@@ -103,17 +103,38 @@ def grow(
     }
 
 
-def matmul_peak() -> float:
-    """Operations a second of a float32 product of two 1536 x 1536 matrices, the best of many."""
+def placement() -> Any:
+    """Where all sides run, and in what precision: what `model.device: auto` and `model.dtype: auto` give."""
+    from pipeline.model.device import place
+
+    return place("auto", "auto")
+
+
+def device_name() -> str:
+    """The device and the precision, for a person."""
+    import platform
+
     import torch
 
-    left, right = torch.randn(2, 1536, 1536)
+    at = placement()
+    name = torch.cuda.get_device_name(at.device) if at.device.type == "cuda" else platform.machine()
+    return f"{at.device.type} ({name}), {str(at.dtype).removeprefix('torch.')}"
+
+
+def matmul_peak() -> float:
+    """Operations a second of a product of two square matrices in the sides' precision, the best of many."""
+    import torch
+
+    at = placement()
+    size = 1536 if at.device.type == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=at.device).to(at.dtype)
     best, end = float("inf"), time.perf_counter() + 2
     while time.perf_counter() < end:
         began = time.perf_counter()
-        torch.mm(left, right)
+        product = torch.mm(left, right)
+        product[0, 0].item()  # a GPU answers when it is done
         best = min(best, time.perf_counter() - began)
-    return float(2 * 1536**3 / best)
+    return float(2 * size**3 / best)
 
 
 def compare(work: Work, sides: dict[str, dict[str, Any]], peak: float) -> dict[str, Any]:
@@ -177,5 +198,5 @@ def describe(work: Work, figures: dict[str, Any]) -> str:
         lines.append(f"{'batch_in_same_memory':<24}{figures['batch_in_same_memory']}, TRL's {figures['batch_of_trl']}")
         lines.append(f"{'batch_in_default_memory':<24}{figures['batch_in_default_memory']}")
         lines.append(f"(peak MiB by batch: {tried}; {work.rows} rows)")
-    lines.append(f"(matrix product: {figures['matmul_peak'] / 1e9:.0f} GFLOP/s in float32)")
+    lines.append(f"(matrix product: {figures['matmul_peak'] / 1e9:.0f} GFLOP/s on {figures['device']})")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_cases.frame import BASE, Work
+from benchmark_cases.frame import BASE, Work, placement
 
 SEED = 7
 BATCH = 4
@@ -51,10 +51,10 @@ def write_rows(folder: Path, data: Path | None, rows: int) -> tuple[list[dict[st
 
 
 def load_model(folder: Path) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32)
+    at = placement()
+    return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=at.dtype).to(at.device)
 
 
 def count_tokens(pairs: list[dict[str, list[int]]]) -> tuple[int, int, int]:
@@ -101,7 +101,7 @@ def train_side(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOTrainer
 
-    from pipeline.model.device import place, reuse_memory
+    from pipeline.model.device import reuse_memory
     from pipeline.model.ground import quiet_libraries
     from pipeline.training.arguments import dpo_config
     from pipeline.training.engine.head import compact_head
@@ -126,7 +126,7 @@ def train_side(
             return dataset
 
     rows = Dataset.from_list(json.loads((folder / "pairs.json").read_text()))
-    config = dpo_config(stage, output=folder / side, seed=SEED, placement=place("cpu", "float32"), evaluates=False)
+    config = dpo_config(stage, output=folder / side, seed=SEED, placement=placement(), evaluates=False)
     config.gradient_checkpointing = config.activation_checkpointing = side == "trl"
     config.precompute_ref_log_probs = side == "trl-tuned"
     tokenizer = AutoTokenizer.from_pretrained(folder / BASE)

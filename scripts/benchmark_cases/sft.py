@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_cases import preferences
-from benchmark_cases.frame import BASE, Work
+from benchmark_cases.frame import BASE, Work, placement
 
 BATCH = 8
 SHIPPED = preferences.SHIPPED.with_name("demonstrations.train.jsonl")
@@ -47,7 +47,7 @@ def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]
     from trl import SFTTrainer
 
     from pipeline.experiment import Lora, Sft, Unfreeze
-    from pipeline.model.device import place, reuse_memory
+    from pipeline.model.device import reuse_memory
     from pipeline.model.ground import quiet_libraries
     from pipeline.model.scope import lora_config
     from pipeline.training.arguments import sft_config
@@ -72,8 +72,8 @@ def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]
         save_strategy="no",
         eval_strategy="no",
     )
-    placement = place("cpu", "float32")
-    config = sft_config(stage, output=folder / side, seed=preferences.SEED, placement=placement, evaluates=False)
+    at = placement()
+    config = sft_config(stage, output=folder / side, seed=preferences.SEED, placement=at, evaluates=False)
     config.gradient_checkpointing = config.activation_checkpointing = side == "trl"
     ours = side == "ours"
     if ours:
@@ -81,8 +81,8 @@ def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]
     model = preferences.load_model(folder)
     with ExitStack() as stack:
         if ours:
-            products = stack.enter_context(multiplication(precision, placement.device))  # type: ignore[arg-type]
-            stack.enter_context(compact_head(placement.device, rounds=products.round_gradients))
+            products = stack.enter_context(multiplication(precision, at.device))  # type: ignore[arg-type]
+            stack.enter_context(compact_head(at.device, rounds=products.round_gradients))
         trainer = (DemonstrationTrainer if ours else SFTTrainer)(
             model=model,
             args=config,
