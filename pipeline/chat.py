@@ -20,6 +20,7 @@ from pipeline.model.adapter import attached
 from pipeline.model.base import load_base
 from pipeline.model.ground import prepare_ground, quiet_libraries
 from pipeline.runs.run import Run
+from pipeline.training.engine.linear import added_up
 
 Reply = Callable[[str], dict[str, str]]
 """A user's turn to the answers, by the model's name."""
@@ -50,7 +51,7 @@ def conversation(
     tuned = run.stage if isinstance(run, Run) else run.name
     said = {"base": list(start), tuned: list(start)}
 
-    with attached(base, folder) as model:
+    with attached(base, folder) as model, added_up(model):
 
         def answer(name: str) -> str:
             (given,) = generate(

@@ -42,7 +42,7 @@ from pipeline.model.builtin import cache_directory
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
-from pipeline.training.engine.linear import join_products
+from pipeline.training.engine.linear import added_up, join_products
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.short import attending_by_products
 from pipeline.training.start import find_adapter
@@ -298,7 +298,8 @@ def _adapted(model: Any, folder: Path) -> Iterator[Any]:
     with attached(model, folder) as policy:
         with suppress(PipelineError):  # an architecture whose blocks cannot be told apart goes PEFT's way
             join_products(policy, rounds=False)
-        yield policy
+        with added_up(policy):
+            yield policy
 
 
 @contextmanager

@@ -7,11 +7,14 @@ Here the product that makes it also adds it. Values and gradients are PEFT's but
 With `rounds`, the factors of gradients are rounded to bfloat16 (dL/dx = dL/dy · W takes half of a training step's
 multiplications). The forward pass is float32 all the same: loss and log-probabilities are those of the weights, to
 float32's own error, and only the weights' path takes the noise, as in any bfloat16 training.
+
+Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor beside W, which stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -112,23 +115,69 @@ def join_products(model: Any, *, rounds: bool) -> None:
     base = model.get_base_model()
     blocks = [base.get_submodule(name) for name in anatomy_of(base).blocks]
     layers = [module for block in blocks for module in block.modules()]
-    adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
-    taken = {id(part) for layer in adapted for part in layer.modules()}
-    # A fixed LoRA (`model.fixed_lora`) is a hook of the layer below, which a product of its weight would pass by.
-    joined = [
-        layer
-        for layer in adapted
-        if type(layer) is LoraLinear and _is_plain(layer.base_layer) and not layer.base_layer._forward_hooks
-    ]
+    taken = {id(part) for layer in layers if isinstance(layer, LoraLayer) for part in layer.modules()}
     plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in taken] if rounds else []
-    free = available_memory(next(base.parameters()).device)
     wanted = sum(2 * parameter.numel() for block in blocks for parameter in block.parameters())
-    kept = free is not None and wanted <= free / 10
-    for layer in joined:
+    kept = _has_room(wanted, base)
+    for layer in filter(_is_joined, layers):
         half = Half(layer.base_layer.weight, kept=kept) if rounds else None
         layer.forward = partial(_lora_forward, layer, layer.forward, half)
     for layer in plain:
         layer.forward = partial(_plain_forward, layer, layer.forward, Half(layer.weight, kept=kept))
+
+
+@contextmanager
+def added_up(model: Any) -> Iterator[None]:
+    """While open, what is computed without gradients multiplies with the sum of a layer's weight and its LoRA.
+
+    The values are PEFT's but for rounding. Where a tenth of the free memory does not hold the sums, and in layers that
+    `join_products` would not take, nothing changes.
+
+    Args:
+        model: the PEFT model, whose adapter stays as it is meanwhile.
+    """
+    layers = [layer for layer in model.modules() if _is_joined(layer) and _of_one_lora(layer) is not None]
+    if not _has_room(sum(4 * layer.base_layer.weight.numel() for layer in layers), model):
+        layers = []
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_sum_forward, layer, layer.forward, _sum_of(layer))
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _has_room(wanted: int, model: Any) -> bool:
+    """Whether a tenth of the memory that is free holds so many bytes."""
+    free = available_memory(next(model.parameters()).device)
+    return free is not None and wanted <= free / 10
+
+
+def _is_joined(layer: Any) -> bool:
+    """Whether it is a LoRA layer of PEFT's plainest kind, around a plain float32 one."""
+    # A fixed LoRA (`model.fixed_lora`) is a hook of the layer below, which a product of its weight would pass by.
+    return type(layer) is LoraLinear and _is_plain(layer.base_layer) and not layer.base_layer._forward_hooks
+
+
+def _of_one_lora(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and the scaling of a layer that adds one plain float32 LoRA; None where it does another thing."""
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    one = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
+    if not one or layer.disable_adapters or layer.merged or layer.lora_A[name].weight.dtype != torch.float32:
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+@torch.no_grad()
+def _sum_of(layer: Any) -> torch.Tensor:
+    lora = _of_one_lora(layer)
+    assert lora is not None, "asked before"
+    a, b, scaling = lora
+    return torch.addmm(layer.base_layer.weight, b, a, alpha=scaling)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -154,15 +203,22 @@ def _lora_forward(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     base = layer.base_layer
-    one = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
+    lora = _of_one_lora(layer)
     trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if args or kwargs or not one or layer.disable_adapters or layer.merged or trains or not _is_float32(x):
+    if args or kwargs or lora is None or trains or not _is_float32(x):
         return stock(x, *args, **kwargs)
-    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
-    if a.dtype != torch.float32:
-        return stock(x)
+    a, b, scaling = lora
+    dropout = layer.lora_dropout[layer.active_adapters[0]]
     dropped = dropout(x) if isinstance(dropout, nn.Dropout) and layer.training else None
-    output: torch.Tensor = _lora(x, dropped, base.weight, base.bias, a, b, layer.scaling[name], half)
+    output: torch.Tensor = _lora(x, dropped, base.weight, base.bias, a, b, scaling, half)
     return output
+
+
+def _sum_forward(
+    layer: Any, stock: Callable[..., torch.Tensor], weight: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    trains = torch.is_grad_enabled() or layer.training
+    if args or kwargs or trains or _of_one_lora(layer) is None or not _is_float32(x):
+        return stock(x, *args, **kwargs)
+    return linear(x, weight, layer.base_layer.bias)

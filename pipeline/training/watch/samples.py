@@ -13,6 +13,7 @@ from pipeline.evaluation.generation import generate
 from pipeline.evaluation.questions import Question, question_of
 from pipeline.experiment import Experiment
 from pipeline.machine import is_out_of_memory
+from pipeline.training.engine.linear import added_up
 from pipeline.training.watch.history import Sample
 
 
@@ -61,10 +62,11 @@ class Sampler:
         if not self._questions:
             return []
         accelerator = self._trainer.accelerator
+        model = accelerator.unwrap_model(self._trainer.model)
         try:
-            with accelerator.autocast():
+            with accelerator.autocast(), added_up(model):
                 answers = generate(
-                    accelerator.unwrap_model(self._trainer.model),
+                    model,
                     self._trainer.processing_class,
                     [question.prompt for question in self._questions],
                     tools=[question.tools for question in self._questions],

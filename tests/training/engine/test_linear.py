@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.training.engine import linear
 from pipeline.training.engine.half import Half
-from pipeline.training.engine.linear import join_products
+from pipeline.training.engine.linear import added_up, join_products
 from tests.tiny import LLAMA, config_of, save_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -168,3 +168,54 @@ def test_autocast_and_half_precision_are_left_to_peft(tiny_folder: Path, monkeyp
     )
     join_products(model, rounds=True)
     result(model)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 32}, {"use_dora": True}, {"r": 16}])
+def test_the_sum_of_the_weights_answers_as_peft(tiny_folder: Path, settings: dict[str, Any], joins: bool) -> None:
+    model = build(tiny_folder, **settings).eval()
+    stock = copy.deepcopy(model)
+    if joins:
+        join_products(model, rounds=True)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    forwards = [module.forward for module in model.modules()]
+    with torch.no_grad():
+        expected = stock(input_ids=IDS).logits
+        with added_up(model):
+            ours = model(input_ids=IDS).logits
+            with model.disable_adapter(), stock.disable_adapter():
+                assert torch.allclose(model(input_ids=IDS).logits, stock(input_ids=IDS).logits, atol=1e-4)
+        assert torch.allclose(ours, expected, atol=1e-4)
+    assert [module.forward for module in model.modules()] == forwards
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+
+
+def test_the_sum_is_what_is_multiplied_with(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tiny_folder).eval()
+    with added_up(model), torch.no_grad():
+        monkeypatch.setattr(torch.nn.Linear, "forward", None)  # A's and B's, and the layer's below
+        layer = model.get_base_model().model.layers[0].mlp.up_proj
+        assert layer(torch.randn(3, 32)).shape == (3, layer.out_features)
+
+
+def test_gradients_and_dropout_never_see_the_sum(tiny_folder: Path) -> None:
+    model = build(tiny_folder, lora_dropout=0.3)
+    logits, gradients = result(copy.deepcopy(model))
+    with added_up(model):
+        ours, found = result(model)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            drawn = model(input_ids=IDS).logits
+    assert torch.equal(ours, logits)
+    assert torch.equal(drawn, logits)
+    assert found.keys() == gradients.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+
+
+def test_without_room_for_sums_nothing_changes(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tiny_folder)
+    forwards = [module.forward for module in model.modules()]
+    monkeypatch.setattr(linear, "available_memory", lambda device: 1000)
+    with added_up(model):
+        assert [module.forward for module in model.modules()] == forwards

@@ -17,7 +17,7 @@ from pipeline.training.watch.samples import Sampler, sample_questions
 
 TRAINER = SimpleNamespace(
     accelerator=SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model: model),
-    model=None,
+    model=torch.nn.Linear(1, 1),
     processing_class=None,
 )
 QUESTIONS = [Question([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "On?"}], [])]
