@@ -2,34 +2,37 @@
 
 The queries of a part are taken in blocks, and a block is multiplied with no key behind its last query: of a long part
 that is half. The kernel behind SDPA does as little, but its backward pass takes two to three times as long as the
-products themselves; and the same products through autograd, part by part, are a hundred small operations where these
-are ten.
+products themselves.
 
-The weights of attention are kept for the backward pass where a token sees few, and made again where it sees many.
+Blocks of few keys are stacked, and their weights are kept for the backward pass; of those with many the weights are
+made again, block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.training.engine.parts import Part, Row
 from pipeline.training.engine.short import asks_for_products, hidden_behind
+from pipeline.training.engine.stacks import Block, Stacks, attend_in_stacks, stacked
 
 _QUERIES = 128
 """Queries in a block."""
 _KEPT = 256
-"""Keys of a block up to which its weights are kept: 1 kB a token and head."""
+"""Keys of a block up to which it is stacked, and its weights are kept: 1 kB a token and head."""
 
 
-class _Block(NamedTuple):
-    """Some queries of a part, and how many of its keys they see."""
+class _Plan(NamedTuple):
+    """The blocks of a row."""
 
-    start: int
-    stop: int
-    keys: int
+    short: Stacks | None
+    long: tuple[tuple[Part, tuple[Block, ...]], ...]
+    """Those with many keys, by their part."""
+    order: torch.Tensor | None
+    """`[T]`: where each token is behind each other in what the two give; None where there is but one of them."""
 
 
 def takes(module: torch.nn.Module, query: torch.Tensor, window: int | None, **kwargs: Any) -> bool:
@@ -59,11 +62,36 @@ def attend_in_blocks(
     Returns:
         `[1, T, heads, d]`, d the values'.
     """
-    output: torch.Tensor = _attend(query, key, value, row.parts, query.shape[3] ** -0.5 if scaling is None else scaling)
-    return output
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    plan = row.made.get(_KEPT)
+    if plan is None:
+        plan = row.made[_KEPT] = _plan(row, query.device)
+    outputs = []
+    if plan.short is not None:
+        outputs.append(attend_in_stacks(query, key, value, plan.short, scaling))
+    if plan.long:
+        outputs.append(_attend(query, key, value, plan.long, scaling))
+    return outputs[0] if plan.order is None else torch.cat(outputs, dim=1).index_select(1, plan.order)
 
 
-class _Attention(torch.autograd.Function):
+def _plan(row: Row, device: torch.device) -> _Plan:
+    blocks = {part: tuple(_blocks(part)) for part in row.parts}
+    short = [block for own in blocks.values() for block in own if block.keys <= _KEPT]
+    many = {part: tuple(block for block in own if block.keys > _KEPT) for part, own in blocks.items()}
+    long = tuple((part, own) for part, own in many.items() if own)
+    order = None
+    if short and long:
+        places = [at for own in (short, [one for _, each in long for one in each]) for at in sorted(_tokens(own))]
+        order = torch.tensor(places, device=device).argsort()
+    return _Plan(stacked(short, device) if short else None, long, order)
+
+
+def _tokens(blocks: Iterable[Block]) -> list[int]:
+    """The tokens that are queries of some blocks."""
+    return [token for block in blocks for token in range(block.start, block.stop)]
+
+
+class _Long(torch.autograd.Function):
     """Inside, tensors are `[key heads, T · g, d]`: the g query heads of a key head are rows behind each other."""
 
     @staticmethod
@@ -72,44 +100,36 @@ class _Attention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        parts: tuple[Part, ...],
+        long: tuple[tuple[Part, tuple[Block, ...]], ...],
         scaling: float,
     ) -> torch.Tensor:
         heads = key.shape[1]
         group = query.shape[1] // heads
         rows = _rows(query, heads).mul_(scaling)
         keys, values = key[0].contiguous(), value[0].contiguous()
-        output = rows.new_empty(*rows.shape[:2], values.shape[2])
-        weights: list[torch.Tensor] = []
-        for part in parts:
+        outputs = []
+        for part, blocks in long:
             seen, read = _seen(keys, part), _seen(values, part)
-            for block in _blocks(part):
-                own = _weights(rows, seen, block, group)
-                output[:, block.start * group : block.stop * group] = own @ read[:, : block.keys]
-                if block.keys <= _KEPT:
-                    weights.append(own)
-        ctx.parts, ctx.scaling, ctx.group = parts, scaling, group
-        ctx.save_for_backward(rows, keys, values, *weights)
-        return _back(output, group)
+            outputs += [_weights(rows, seen, block, group) @ read[:, : block.keys] for block in blocks]
+        ctx.long, ctx.scaling, ctx.group = long, scaling, group
+        ctx.save_for_backward(rows, keys, values)
+        return _back(torch.cat(outputs, dim=1), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        rows, keys, values, *weights = ctx.saved_tensors
+        rows, keys, values = ctx.saved_tensors
         group = ctx.group
         into = _rows(grads[0].transpose(1, 2), len(keys))
-        to_rows, to_keys, to_values = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
-        at = len(weights)
-        for part in reversed(ctx.parts):
+        to_rows, to_keys, to_values = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+        at = 0
+        for part, blocks in ctx.long:
             seen, read = _seen(keys, part), _seen(values, part)
             to_seen, to_read = torch.zeros_like(seen), torch.zeros_like(read)
-            for block in reversed(list(_blocks(part))):
-                if block.keys <= _KEPT:
-                    at -= 1
-                    own = weights[at]
-                else:
-                    own = _weights(rows, seen, block, group)
+            for block in blocks:
+                own = _weights(rows, seen, block, group)
                 place = slice(block.start * group, block.stop * group)
-                gradient = into[:, place]
+                gradient = into[:, at : at + block.queries * group]
+                at += block.queries * group
                 through = torch._softmax_backward_data(gradient @ read[:, : block.keys].mT, own, -1, own.dtype)
                 to_rows[:, place] = through @ seen[:, : block.keys]
                 to_seen[:, : block.keys] += through.mT @ rows[:, place]
@@ -120,7 +140,7 @@ class _Attention(torch.autograd.Function):
         return to_query, to_keys[None], to_values[None], None, None
 
 
-_attend: Any = _Attention.apply
+_attend: Any = _Long.apply
 
 
 def _rows(states: torch.Tensor, heads: int) -> torch.Tensor:
@@ -137,13 +157,12 @@ def _back(rows: torch.Tensor, group: int) -> torch.Tensor:
     return rows.view(heads, -1, group, width).transpose(0, 1).reshape(1, -1, heads * group, width)
 
 
-def _blocks(part: Part) -> Iterator[_Block]:
+def _blocks(part: Part) -> Iterator[Block]:
     """A part's queries in blocks of nearly equal size."""
-    length, before = part.length, part.keys - part.length
-    count = -(-length // _QUERIES)
+    count = -(-part.length // _QUERIES)
     for at in range(count):
-        first, last = length * at // count, length * (at + 1) // count
-        yield _Block(part.start + first, part.start + last, before + last)
+        first, last = (part.start + part.length * edge // count for edge in (at, at + 1))
+        yield Block(first, last, (*part.before, (part.start, last)))
 
 
 def _seen(states: torch.Tensor, part: Part) -> torch.Tensor:
@@ -160,10 +179,9 @@ def _give(whole: torch.Tensor, given: torch.Tensor, part: Part) -> None:
         at += stop - start
 
 
-def _weights(rows: torch.Tensor, seen: torch.Tensor, block: _Block, group: int) -> torch.Tensor:
+def _weights(rows: torch.Tensor, seen: torch.Tensor, block: Block, group: int) -> torch.Tensor:
     """The weights of attention of a block's queries, `[heads, n · g, keys]`."""
     scores = rows[:, block.start * group : block.stop * group] @ seen[:, : block.keys].mT
-    length = block.stop - block.start
-    if length > 1:
-        scores[:, :, block.keys - length :] += hidden_behind(length, group)
+    if block.queries > 1:
+        scores[:, :, block.keys - block.queries :] += hidden_behind(block.queries, group)
     return torch.softmax(scores, dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,8 @@ class Row:
     def __init__(self, parts: Iterable[Part]) -> None:
         self.parts = tuple(part for part in parts if part.length)
         self.longest = max(part.keys for part in self.parts)
+        self.made: dict[Any, Any] = {}
+        """What ways of attending made of the parts, for the layers that follow."""
         self._masks: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
         self._bounds: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pipeline.training.engine import blocks
+from pipeline.training.engine import blocks, stacks
 from pipeline.training.engine.blocks import attend_in_blocks, takes
 from pipeline.training.engine.parts import Part, Row
 
@@ -100,3 +100,39 @@ def test_a_layer_that_asks_for_more_is_left_to_sdpa(window: int | None, more: di
     query = tensors(4)[0]
     assert takes(LAYER, query, window, **more) == taken
     assert not takes(LAYER, query.bfloat16(), window, **more)
+
+
+def test_blocks_of_about_one_size_are_stacked_and_others_are_not() -> None:
+    rows = [Part(0, 40), Part(40, 90), Part(90, 96), Part(96, 296)]
+    plan = blocks._plan(Row(rows), torch.device("cpu"))
+    assert plan.short is not None
+    shapes = [tuple(stack.hidden.shape) for stack in plan.short.stacks]
+    assert shapes == [(1, 1, 100, 1, 200), (1, 1, 100, 1, 100), (3, 1, 50, 1, 50)]  # the last holds 50, 40 and 6
+    assert [len(stack.filled) for stack in plan.short.stacks] == [0, 0, 10 + 44]
+    assert plan.order is None
+    assert plan.short.tokens.tolist() == list(range(296))
+
+
+def test_a_row_is_planned_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row(LAYOUTS["pairs"])
+    given = tensors(26)
+    first = attend_in_blocks(given[0], given[1], given[2], row, None)
+    monkeypatch.setattr(blocks, "_plan", None)
+    assert torch.equal(attend_in_blocks(given[0], given[1], given[2], row, None), first)
+
+
+def test_what_is_filled_in_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 0 stands for what is filled in: with any other numbers there, only its own part changes."""
+    monkeypatch.setattr(stacks, "_FILLED", 10**6)
+    row = Row([Part(0, 3), Part(3, 20), Part(20, 24)])
+    given = tensors(24)
+    changed = [states.detach().clone().requires_grad_() for states in given]
+    for states in changed:
+        states.data[:, :, 0] = 100.0
+    one, other = (attend_in_blocks(each[0], each[1], each[2], row, None) for each in (given, changed))
+    assert len(row.made[blocks._KEPT].short.stacks) == 1
+    assert torch.equal(one[:, 3:], other[:, 3:])
+    for ours, theirs in zip(*(torch.autograd.grad(each[:, 3:].sum(), all_) for each, all_ in
+                              ((one, given), (other, changed))), strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+        assert not ours[:, :, :3].any()
