@@ -134,14 +134,14 @@ def added_up(model: Any) -> Iterator[None]:
     `join_products` would not take, nothing changes.
 
     Args:
-        model: the PEFT model, whose adapter stays as it is meanwhile.
+        model: the PEFT model; its adapter's weights stay as they are meanwhile. Another adapter goes PEFT's way.
     """
     layers = [layer for layer in model.modules() if _is_joined(layer) and _of_one_lora(layer) is not None]
     if not _has_room(sum(4 * layer.base_layer.weight.numel() for layer in layers), model):
         layers = []
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(_sum_forward, layer, layer.forward, _sum_of(layer))
+        layer.forward = partial(_sum_forward, layer, layer.forward, _sum_of(layer), list(layer.active_adapters))
     try:
         yield
     finally:
@@ -216,9 +216,16 @@ def _lora_forward(
 
 
 def _sum_forward(
-    layer: Any, stock: Callable[..., torch.Tensor], weight: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+    layer: Any,
+    stock: Callable[..., torch.Tensor],
+    weight: torch.Tensor,
+    adapters: list[str],
+    x: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     trains = torch.is_grad_enabled() or layer.training
-    if args or kwargs or trains or _of_one_lora(layer) is None or not _is_float32(x):
+    same = layer.active_adapters == adapters and _of_one_lora(layer) is not None
+    if args or kwargs or trains or not same or not _is_float32(x):
         return stock(x, *args, **kwargs)
     return linear(x, weight, layer.base_layer.bias)

@@ -213,6 +213,18 @@ def test_gradients_and_dropout_never_see_the_sum(tiny_folder: Path) -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
 
 
+def test_another_adapter_never_sees_the_sum(tiny_folder: Path) -> None:
+    model = build(tiny_folder).eval()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=ALL, init_lora_weights=False))
+    with torch.no_grad():
+        model.set_adapter("other")
+        expected = model(input_ids=IDS).logits
+        model.set_adapter("default")
+        with added_up(model):
+            model.set_adapter("other")
+            assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
 def test_without_room_for_sums_nothing_changes(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny_folder)
     forwards = [module.forward for module in model.modules()]
