@@ -41,6 +41,7 @@ def write_random(folder: Path, shape: dict[str, Any], at: Any) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from pipeline.model.builtin import builtin_model
+    from pipeline.model.device import give_memory_back
 
     tokenizer = AutoTokenizer.from_pretrained(builtin_model("builtin:smollm2-135m"))
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -54,3 +55,5 @@ def write_random(folder: Path, shape: dict[str, Any], at: Any) -> None:
         torch.set_default_dtype(before)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    give_memory_back()  # the sides are processes of their own, and need it

@@ -70,7 +70,9 @@ def part_by_part(
         `[1, T, heads, d]`.
     """
     queries = torch.split(query, [part.length for part in row.parts], dim=2)
-    keys, values = ([torch.cat(runs, dim=2) for runs in row.seen(states)] for states in (key, value))
+    keys, values = (
+        [torch.cat(runs, dim=2) if len(runs) > 1 else runs[0] for runs in row.seen(states)] for states in (key, value)
+    )
     return torch.cat([run(*given) for given in zip(row.parts, queries, keys, values, strict=True)], dim=1)
 
 

@@ -63,9 +63,9 @@ def attend_in_blocks(
         `[1, T, heads, d]`, d the values'.
     """
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    plan = row.made.get(_KEPT)
+    plan = row.made.get(__name__)
     if plan is None:
-        plan = row.made[_KEPT] = _plan(row, query.device)
+        plan = row.made[__name__] = _plan(row, query.device)
     outputs = []
     if plan.short is not None:
         outputs.append(attend_in_stacks(query, key, value, plan.short, scaling))

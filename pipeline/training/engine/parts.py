@@ -38,7 +38,7 @@ class Row:
         self.parts = tuple(part for part in parts if part.length)
         self.longest = max(part.keys for part in self.parts)
         self.made: dict[Any, Any] = {}
-        """What ways of attending made of the parts, for the layers that follow."""
+        """What a way of attending made of the parts, by its module's name, for the layers that follow."""
         self._masks: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
         self._bounds: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
