@@ -43,6 +43,7 @@ from pipeline.training.account import (
 from pipeline.training.arguments import dpo_config, require_optimizer, require_options
 from pipeline.training.dry_run import dry_run_of, longest, say_dry_run
 from pipeline.training.engine.linear import join_products
+from pipeline.training.engine.norms import join_norms
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
 from pipeline.training.engine.trainer import PreferenceTrainer
@@ -294,6 +295,7 @@ def _run_dpo(
             console.print(f"prompts are computed twice, as TRL does: {refusal}")
         run.update(engine={"products": products.words, "shared_prompt": refusal is None, "refusal": refusal})
         join_products(policy, rounds=products.round_gradients)
+        join_norms(policy)
         before = score(trainer, batches)
         check_start(before, reopened, tolerance, beta=stage.beta, plain_sigmoid=_is_plain_sigmoid(trainer))
         trainer.begins_as_reference = torch.equal(before.policy, before.reference)

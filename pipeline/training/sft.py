@@ -35,6 +35,7 @@ from pipeline.training.arguments import require_optimizer, require_options, sft_
 from pipeline.training.dry_run import dry_run_of, longest, say_dry_run
 from pipeline.training.engine.demonstrations import DemonstrationTrainer
 from pipeline.training.engine.linear import join_products
+from pipeline.training.engine.norms import join_norms
 from pipeline.training.engine.padding_free import leave_padding_out
 from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
@@ -152,6 +153,7 @@ def _run_sft(
         trainer.opened_learning_rate = unfreeze.learning_rate
         trainer.say = console.print
         join_products(trainer.model, rounds=products.round_gradients)
+        join_norms(trainer.model)
         why_padded = leave_padding_out(trainer, rounds=products.round)
         if why_padded is not None:
             console.print(f"batches keep their padding: {why_padded}", highlight=False)

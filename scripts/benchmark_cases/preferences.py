@@ -106,6 +106,7 @@ def train_side(
     from pipeline.training.arguments import dpo_config
     from pipeline.training.engine.head import compact_head
     from pipeline.training.engine.linear import join_products
+    from pipeline.training.engine.norms import join_norms
     from pipeline.training.engine.precision import multiplication
     from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
     from pipeline.training.engine.trainer import PreferenceTrainer
@@ -144,6 +145,7 @@ def train_side(
             refusal = trainer.share_prompts(batch)
             assert refusal is None, refusal
             join_products(policy, rounds=products.round_gradients)
+            join_norms(policy)
             print(trainer.keep_trunk("auto", batch, folder)[0])
             key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
             store = ReferenceStore(folder / f"references-{time.time_ns()}", key)

@@ -54,6 +54,7 @@ def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]
     from pipeline.training.engine.demonstrations import DemonstrationTrainer
     from pipeline.training.engine.head import compact_head
     from pipeline.training.engine.linear import join_products
+    from pipeline.training.engine.norms import join_norms
     from pipeline.training.engine.padding_free import leave_padding_out
     from pipeline.training.engine.precision import multiplication
 
@@ -95,6 +96,7 @@ def train(folder: Path, side: str, precision: str, batch: int) -> dict[str, Any]
         if ours:
             trainer.opened_learning_rate = stage.learning_rate
             join_products(trainer.model, rounds=products.round_gradients)
+            join_norms(trainer.model)
             reason = leave_padding_out(trainer)
             assert reason is None, reason
         middle = time.perf_counter()

@@ -78,7 +78,7 @@ def test_adapter_reopened_by_stock_peft_gives_the_trained_logits(
     ).eval()
     with torch.no_grad():
         expected = trained[0].eval()(input_ids=ids).logits
-        assert torch.equal(reopened(ids).logits, expected)
+        assert torch.allclose(reopened(ids).logits, expected, atol=1e-5)  # the trainer sums in another order
         assert (sft(ids).logits - expected).abs().max() > 1e-3
 
 

@@ -75,7 +75,7 @@ def test_adapter_reopened_by_stock_peft_gives_the_trained_logits(
     reopened = PeftModel.from_pretrained(base, outcome.run / "adapter").eval()
     with torch.no_grad():
         expected = trained[0].eval()(input_ids=ids).logits
-        assert torch.equal(reopened(ids).logits, expected)
+        assert torch.allclose(reopened(ids).logits, expected, atol=1e-5)  # the trainer sums in another order
     assert (expected - before).abs().max() > 0.1
     assert AutoTokenizer.from_pretrained(outcome.run / "adapter").pad_token == "<|im_end|>"
 

@@ -191,7 +191,7 @@ class _Head:
     def _half(self, weight: torch.Tensor) -> Half:
         if id(weight) not in self._halves:
             free = available_memory(weight.device)
-            self._halves[id(weight)] = Half(weight, kept=free is not None and 2 * weight.numel() <= free / 10)
+            self._halves[id(weight)] = Half([weight], kept=free is not None and 2 * weight.numel() <= free / 10)
         return self._halves[id(weight)]
 
 

@@ -2,7 +2,9 @@
 
 A LoRA layer is y = x Wᵀ + s · (x Aᵀ) Bᵀ (Hu et al. 2021, equation 3). PEFT makes the second term as a tensor of its
 own, scales it and adds it: three passes over memory as large as the layer's output, and as many in the backward pass.
-Here the product that makes it also adds it. Values and gradients are PEFT's but for the order of sums.
+Here the product that makes it also adds it, and layers that read the same x have their A's multiplied with it at once:
+these products are so thin that their calls cost what their numbers do. Values and gradients are PEFT's but for the
+order of sums.
 
 With `rounds`, the factors of gradients are rounded to bfloat16 (dL/dx = dL/dy · W takes half of a training step's
 multiplications). The forward pass is float32 all the same: loss and log-probabilities are those of the weights, to
@@ -13,10 +15,10 @@ Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -27,6 +29,9 @@ from torch.nn.functional import linear
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.device import available_memory
 from pipeline.training.engine.half import Half
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that read the same x where they have one parent, as Transformers' models name them."""
 
 
 class _Plain(torch.autograd.Function):
@@ -52,46 +57,86 @@ class _Plain(torch.autograd.Function):
         return to_x, to_weight, to_bias, None
 
 
+class _Below(NamedTuple):
+    """The frozen layers below LoRAs that read the same x."""
+
+    weights: tuple[torch.Tensor, ...]
+    """`[out, in]` each."""
+    biases: tuple[torch.Tensor | None, ...]
+    scalings: tuple[float, ...]
+    """What each LoRA's product is multiplied with."""
+    half: Half | None
+    """All the weights as one; None: gradients are not rounded."""
+
+
 class _Lora(torch.autograd.Function):
-    """y = x Wᵀ + b + s · (d Aᵀ) Bᵀ of a frozen W, where d is x, or x after dropout."""
+    """y = x Wᵀ + b + s · (d Aᵀ) Bᵀ of each frozen W, where d is x, or x after dropout.
+
+    All A's are one product with x, forward and backward, and so are the rounded W's with the gradients.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        dropped: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        half: Half | None,
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None, below: _Below, *loras: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(below.weights)
+        a, bs = _joined(loras[:count]), loras[count:]  # [R, in], R the ranks of all; [out, r] each
         read = (x if dropped is None else dropped).flatten(0, -2)  # [T, in]
-        narrow = read @ a.T  # [T, r]
-        y = linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(narrow, b.T, alpha=scaling)
-        ctx.save_for_backward(read, narrow, weight, a, b)
-        ctx.scaling, ctx.half, ctx.apart = scaling, half, dropped is not None
-        return y
+        narrow = read @ a.T  # [T, R]
+        outputs = []
+        for weight, bias, scaling, b, own in zip(*below[:3], bs, _by_rank(narrow, bs), strict=True):
+            y = linear(x, weight, bias)
+            y.view(-1, y.shape[-1]).addmm_(own, b.T, alpha=scaling)
+            outputs.append(y)
+        ctx.save_for_backward(read, narrow, *loras)
+        ctx.below, ctx.apart = below, dropped is not None
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        read, narrow, weight, a, b = ctx.saved_tensors
-        into = grads[0].flatten(0, -2)  # [T, out]
+        read, narrow, *loras = ctx.saved_tensors
+        below: _Below = ctx.below
+        count = len(grads)
+        a, bs = _joined(loras[:count]), loras[count:]
+        intos = [grad.flatten(0, -2) for grad in grads]  # [T, out] each
         shape = (*grads[0].shape[:-1], -1)
-        back = (into @ b).mul_(ctx.scaling)  # [T, r]
+        backs = [(into @ b).mul_(scaling) for into, b, scaling in zip(intos, bs, below.scalings, strict=True)]
+        back = _joined(backs, dim=1)  # [T, R]
         to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
-            to_x = into @ weight if ctx.half is None else _through(into.bfloat16(), ctx.half())
+            to_x = _to_input(intos, below)
             if not ctx.apart:
                 to_x.addmm_(back, a)
             to_x = to_x.view(shape)
         if ctx.needs_input_grad[1]:
             to_dropped = (back @ a).view(shape)
-        to_a = back.T @ read if ctx.needs_input_grad[4] else None
-        to_b = (narrow.T @ into).T.mul_(ctx.scaling) if ctx.needs_input_grad[5] else None
-        return to_x, to_dropped, None, None, to_a, to_b, None, None
+        to_loras: list[torch.Tensor | None] = [None] * len(loras)
+        if any(ctx.needs_input_grad[3:]):
+            to_loras[:count] = torch.split(back.T @ read, [b.shape[1] for b in bs])
+            to_loras[count:] = [
+                (own.T @ into).T.mul_(scaling)
+                for own, into, scaling in zip(_by_rank(narrow, bs), intos, below.scalings, strict=True)
+            ]
+        return to_x, to_dropped, None, *to_loras
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
+
+
+def _by_rank(narrow: torch.Tensor, bs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The columns of `[T, R]` that are each LoRA's own."""
+    return torch.split(narrow, [b.shape[1] for b in bs], dim=1)
+
+
+def _to_input(intos: Sequence[torch.Tensor], below: _Below) -> torch.Tensor:
+    """What goes back through the frozen weights, `[T, in]`."""
+    if below.half is not None:
+        return _through(_joined([into.bfloat16() for into in intos], dim=1), below.half())
+    to_x = intos[0] @ below.weights[0]
+    for into, weight in zip(intos[1:], below.weights[1:], strict=True):
+        to_x.addmm_(into, weight)
+    return to_x
 
 
 _plain: Any = _Plain.apply
@@ -119,11 +164,15 @@ def join_products(model: Any, *, rounds: bool) -> None:
     plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in taken] if rounds else []
     wanted = sum(2 * parameter.numel() for block in blocks for parameter in block.parameters())
     kept = _has_room(wanted, base)
-    for layer in filter(_is_joined, layers):
-        half = Half(layer.base_layer.weight, kept=kept) if rounds else None
-        layer.forward = partial(_lora_forward, layer, layer.forward, half)
     for layer in plain:
-        layer.forward = partial(_plain_forward, layer, layer.forward, Half(layer.weight, kept=kept))
+        layer.forward = partial(_plain_forward, layer, layer.forward, Half([layer.weight], kept=kept))
+
+    def half_of(layers: Sequence[Any]) -> Half | None:
+        return Half([layer.base_layer.weight for layer in layers], kept=kept) if rounds else None
+
+    for parent in (module for block in blocks for module in block.modules()):
+        for siblings in _siblings(parent):
+            _Siblings(siblings, half_of)
 
 
 @contextmanager
@@ -155,6 +204,13 @@ def _has_room(wanted: int, model: Any) -> bool:
     """Whether a tenth of the memory that is free holds so many bytes."""
     free = available_memory(next(model.parameters()).device)
     return free is not None and wanted <= free / 10
+
+
+def _siblings(parent: nn.Module) -> list[list[Any]]:
+    """A module's LoRA layers, those together that read the same."""
+    layers = {name: layer for name, layer in parent.named_children() if _is_joined(layer)}
+    together = [[layers.pop(name) for name in names if name in layers] for names in _SIBLINGS]
+    return [some for some in (*together, *([layer] for layer in layers.values())) if some]
 
 
 def _is_joined(layer: Any) -> bool:
@@ -195,24 +251,70 @@ def _plain_forward(layer: Any, stock: Callable[..., torch.Tensor], half: Half, x
     return output
 
 
-def _lora_forward(
-    layer: Any,
-    stock: Callable[..., torch.Tensor],
-    half: Half | None,
-    x: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    base = layer.base_layer
-    lora = _of_one_lora(layer)
-    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if args or kwargs or lora is None or trains or not _is_float32(x):
-        return stock(x, *args, **kwargs)
-    a, b, scaling = lora
-    dropout = layer.lora_dropout[layer.active_adapters[0]]
-    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and layer.training else None
-    output: torch.Tensor = _lora(x, dropped, base.weight, base.bias, a, b, scaling, half)
-    return output
+class _Siblings:
+    """LoRA layers that read the same x: the one that is asked first computes for all, and the others take theirs.
+
+    Where one does not come for its own, they read something else, and each computes by itself from then on.
+
+    Args:
+        layers: of `_is_joined`; their forwards are replaced.
+        half_of: makes what the gradients of some layers' outputs are multiplied with.
+    """
+
+    def __init__(self, layers: Sequence[Any], half_of: Callable[[Sequence[Any]], Half | None]) -> None:
+        self._layers = layers
+        self._half = half_of(layers)
+        self._halves = [half_of([layer]) for layer in layers]
+        self._together = len(layers) > 1
+        self._read: tuple[torch.Tensor, int, bool] | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+        for at, layer in enumerate(layers):
+            layer.forward = partial(self._forward, at, layer.forward)
+
+    def _forward(
+        self, at: int, stock: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if args or kwargs or not _is_float32(x):
+            return stock(x, *args, **kwargs)
+        if not (at in self._waiting and self._has_read(x)):
+            self._together &= not self._waiting
+            self._waiting = self._computed(x) if self._together else {}
+            self._read = (x, x._version, torch.is_grad_enabled())
+        own = self._waiting.pop(at, None)
+        if not self._waiting:
+            self._read = None
+        if own is None:
+            outputs = _outputs(x, [self._layers[at]], self._halves[at])
+            own = stock(x) if outputs is None else outputs[0]
+        return own
+
+    def _computed(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The outputs of all layers; nothing where they are not of one kind."""
+        return dict(enumerate(_outputs(x, self._layers, self._half) or ()))
+
+    def _has_read(self, x: torch.Tensor) -> bool:
+        before, version, gradients = self._read or (None, 0, False)
+        return before is x and (version, gradients) == (x._version, torch.is_grad_enabled())
+
+
+def _outputs(x: torch.Tensor, layers: Sequence[Any], half: Half | None) -> tuple[torch.Tensor, ...] | None:
+    """What LoRA layers give for x; None where PEFT has to compute it, or where each of several drops its own."""
+    loras = [lora for layer in layers if (lora := _of_one_lora(layer)) is not None]
+    if len(loras) < len(layers) or any(_trains(layer.base_layer) for layer in layers):
+        return None
+    dropouts = [layer.lora_dropout[layer.active_adapters[0]] for layer in layers if layer.training]
+    drops = [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
+    if drops and len(layers) > 1:
+        return None
+    a, b, scalings = zip(*loras, strict=True)
+    weights, biases = zip(*((layer.base_layer.weight, layer.base_layer.bias) for layer in layers), strict=True)
+    below = _Below(weights, biases, scalings, half)
+    outputs: tuple[torch.Tensor, ...] = _lora(x, drops[0](x) if drops else None, below, *a, *b)
+    return outputs
+
+
+def _trains(layer: Any) -> bool:
+    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
 
 
 def _sum_forward(

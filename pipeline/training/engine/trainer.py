@@ -23,7 +23,7 @@ from pipeline.training.engine.trunk import Trunk, Where, frozen_blocks, room
 
 _TRIAL_PAIRS = 2
 """On how many pairs a faster path is held against TRL's before it is taken; the proof goes on to hold it on more."""
-_TRIAL_TOKENS = 32
+_TRIAL_TOKENS = 16
 """Of how many tokens of prompt and completion each, where no window is to be overrun: every token costs a pass on both
 paths, and the proof takes whole rows."""
 _PLACES = {"memory": "in memory", "disk": "in a file that goes with the run"}
