@@ -377,7 +377,8 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> Answer:
         from pipeline.inspection import inspect, print_examples
         from pipeline.model.base import find_base, load_tokenizer
 
-        tokenizer = load_tokenizer(find_base(experiment.model), experiment.model, experiment.tokenizer.chat_template)
+        files = find_base(experiment.model, console.print)
+        tokenizer = load_tokenizer(files, experiment.model, experiment.tokenizer.chat_template)
         examples = inspect(experiment, tokenizer, arguments.stage, arguments.row)
     print_examples(examples, console, tokenizer, with_ids=arguments.ids)
     return {"ok": True, "examples": [example.as_dict() for example in examples]}, ExitCode.DONE

@@ -181,3 +181,19 @@ def make_model(tiny_tokenizer: Any) -> Callable[..., Any]:
 @pytest.fixture
 def chat_model(make_model: Callable[..., Any]) -> Any:
     return make_model()
+
+
+@pytest.fixture
+def summed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that multiplied with the sum of their weight and its LoRA, one entry a call."""
+    from pipeline.training.engine import linear
+
+    layers: list[Any] = []
+    stock = linear._sum_forward
+
+    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        layers.append(layer)
+        return stock(layer, *args, **kwargs)
+
+    monkeypatch.setattr(linear, "_sum_forward", counted)
+    return layers

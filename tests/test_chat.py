@@ -66,6 +66,14 @@ def test_each_sees_its_own_conversation(
     assert printed.count("base> ") == printed.count("sft> ") == 2
 
 
+def test_answers_are_computed_with_the_sum_of_weights(
+    run: Run, summed: list[Any], monkeypatch: pytest.MonkeyPatch, console: Any
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is it red?\n"))
+    chat(run, console)
+    assert summed
+
+
 def test_an_adapter_folder_names_no_base(run: Run, console: Any) -> None:
     with pytest.raises(PipelineError, match="adapter folder"):
         chat(run.adapter, console)

@@ -11,7 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BY_OTHERS = {
     "accelerate": "Transformers' Trainer",
-    "gguf": "Transformers, for GGUF files",
     "tensorboard": "torch.utils.tensorboard",
 }
 """Imported by a library that does not depend on it by itself."""

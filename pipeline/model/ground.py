@@ -36,7 +36,7 @@ def prepare_ground(experiment: Experiment, say: Say) -> Ground:
     if experiment.model.quantize == "nf4":
         require_bitsandbytes("`model.quantize: nf4`", "/model/quantize")
     say(f"device: {placement.describe()}")
-    files = find_base(experiment.model)
+    files = find_base(experiment.model, say)
     at = f" at {files.revision[:12]}" if files.revision else ""
     say(f"base: {files.id}{at}")
     tokenizer = load_tokenizer(files, experiment.model, experiment.tokenizer.chat_template)

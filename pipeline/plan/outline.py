@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from pipeline.experiment import Experiment, Model
 from pipeline.model.adapter import within
 from pipeline.model.anatomy import anatomy_of
-from pipeline.model.base import _HUB_FILES, BaseFiles, _unloadable, find_base, require_whole
+from pipeline.model.base import _HUB_FILES, BaseFiles, _unloadable, find_base, reading, require_whole
 from pipeline.model.builtin import PREFIX
 from pipeline.model.policy import new_policy, stack
 from pipeline.model.precision import hold_in_float32
@@ -23,12 +24,13 @@ _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 """Files by which a folder shows that it holds a tokenizer. Transformers makes an empty one without any."""
 
 
-def find_config(model: Model, *, tokenizer: bool) -> BaseFiles:
+def find_config(model: Model, *, tokenizer: bool, say: Callable[[str], None] | None = None) -> BaseFiles:
     """The folder that holds the base's configuration; of a hub model no weights are fetched for it.
 
     Args:
         model: the experiment's model section.
         tokenizer: fetches the tokenizer's files of a hub model as well.
+        say: told of a conversion.
 
     Raises:
         PipelineError: as `find_base`, but a model without weights will do.
@@ -37,7 +39,7 @@ def find_config(model: Model, *, tokenizer: bool) -> BaseFiles:
     if (folder / "config.json").is_file():
         return require_whole(BaseFiles(model.id, folder, None, None))
     if folder.exists() or model.id.startswith((PREFIX, ".", "~", "/")) or model.id.endswith(".gguf"):
-        return find_base(model)
+        return find_base(model, say)
     from huggingface_hub import snapshot_download
 
     wanted = [pattern for pattern in _HUB_FILES if "safetensors" not in pattern] if tokenizer else ["config.json"]
@@ -118,7 +120,8 @@ def _base(files: BaseFiles, model: Model, dtype: torch.dtype) -> Any:
     where = {"gguf_file": files.gguf} if files.gguf else {}
     how = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
     try:
-        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, **where, **given)
+        with reading(files):
+            config = AutoConfig.from_pretrained(files.folder, local_files_only=True, **where, **given)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **how, **given)
     except Exception as error:
         raise _unloadable(files, error) from error

@@ -145,7 +145,7 @@ def plan(experiment: Experiment, root: Path, console: Console, *, stage: Stage |
         require_options(name, getattr(experiment, name).options)
     quiet_libraries()
     placement = place(experiment.model.device, experiment.model.dtype)
-    files = find_config(experiment.model, tokenizer=any(named.values()))
+    files = find_config(experiment.model, tokenizer=any(named.values()), say=console.print)
     stages = {name: _plan_stage(experiment, name, files, placement, root, console.print) for name in wanted}
     on_cpu = placement.device.type == "cpu"
     return Plan(stage, files.id, placement.describe(), peak_memory(placement) if on_cpu else None, stages)

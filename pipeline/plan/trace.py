@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.training.engine.head import compact_head
 from pipeline.training.engine.joint import Joint
 from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.padding_free import SEGMENTS, by_row
-from pipeline.training.engine.short import own_masks
+from pipeline.training.engine.short import attending, own_masks
 
 
 @dataclass(frozen=True)
@@ -124,22 +124,11 @@ def trace_step(
     return StepBytes(saved, at_head, max(peaks))
 
 
-@contextmanager
-def _attention_for(causal_lm: Any, batch: Batch) -> Iterator[None]:
+def _attention_for(causal_lm: Any, batch: Batch) -> AbstractContextManager[Any]:
     """Lets a model attend as the engine does to this batch: by row, by pair, or as it would by itself."""
     if not batch.rows:
-        yield
-        return
-    name = SEGMENTS if len(batch.rows[0]) == 1 else NAME
-    configs = {id(module.config): module.config for module in causal_lm.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config, own in before:
-            config._attn_implementation = own
+        return nullcontext()
+    return attending(causal_lm, SEGMENTS if len(batch.rows[0]) == 1 else NAME, instead_of=None)
 
 
 def _inputs(batch: Batch, own: str) -> tuple[dict[str, Any], torch.Tensor]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
 from pipeline.experiment import Model
+from pipeline.experiment_file import load_experiment
+from pipeline.model import builtin
 from pipeline.model.base import find_base, load_base, load_tokenizer
 from pipeline.model.device import Placement
+from pipeline.plan.outline import outline
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 
@@ -21,8 +27,6 @@ CPU = Placement(torch.device("cpu"), torch.float32)
 @pytest.fixture(scope="module")
 def gguf_file(make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random Llama in float32, under llama.cpp's names; its query and key rows interleave the rotary halves."""
-    import gguf
-
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     inside = {
@@ -82,3 +86,46 @@ def test_a_gguf_file_brings_its_tokenizer(gguf_file: Path) -> None:
     tokenizer = load_tokenizer(find_base(Model(id=str(gguf_file))), Model(), None)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|end|>")
     assert tokenizer("A!!").input_ids == [32, 62]  # `!` is 0, and 33 in ASCII, where `A` is 65
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a GGUF file was parsed from a plain array, and a table of names made."""
+    count: Counter[str] = Counter()
+    parse, table = gguf.GGUFReader.__init__, gguf.get_tensor_name_map
+
+    def counted_parse(self: Any, *arguments: Any) -> None:
+        parse(self, *arguments)
+        count["parsed"] += type(self.data) is np.ndarray
+
+    def counted_table(*arguments: Any) -> Any:
+        count["tables"] += 1
+        return table(*arguments)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted_parse)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted_table)
+    return count
+
+
+def test_a_gguf_file_is_read_once_and_without_bars(
+    gguf_file: Path,
+    made: Counter[str],
+    write_experiment: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Transformers by itself parses three times: for the configuration, the weights and the tokenizer."""
+    loader = modeling_gguf_pytorch_utils
+    stock = gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm
+    builtin._convert(gguf_file, tmp_path / "converted")
+    assert made == {"parsed": 1, "tables": 1}
+    files = find_base(Model(id=str(gguf_file)))
+    load_base(files, Model(), CPU)
+    assert made == {"parsed": 2, "tables": 2}
+    load_tokenizer(files, Model(), None)
+    assert made == {"parsed": 3, "tables": 2}
+    experiment = load_experiment(write_experiment(model={"id": str(gguf_file)})).experiment
+    outline(files, experiment, "sft", torch.float32)
+    assert made == {"parsed": 4, "tables": 2}
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm) == stock
+    assert "%|" not in capfd.readouterr().err

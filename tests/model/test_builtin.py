@@ -4,6 +4,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from pipeline.cli import main
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.model import builtin
 from pipeline.model.builtin import builtin_model, cache_directory
@@ -54,6 +56,35 @@ def test_it_is_converted_once_into_a_folder_named_by_its_hash(wheel: Path, conve
     assert builtin_model(ID) == folder
     assert conversions == [folder.stat().st_ino]  # renamed, not copied: it was never there in part
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_the_conversion_is_said_before_it_begins(wheel: Path, conversions: list[int]) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        assert not conversions
+        said.append(line)
+
+    folder = builtin_model(ID, say)
+    assert said == [f"built-in model: converted once, and kept in {folder}"]
+    assert len(conversions) == 1
+    builtin_model(ID, say)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "sft"])
+def test_a_command_says_the_conversion_once(
+    wheel: Path,
+    conversions: list[int],
+    write_experiment: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    experiment = str(write_experiment(model={"id": ID}))
+    assert main([command, experiment]) == ExitCode.USAGE  # the stand-in is no model
+    assert capsys.readouterr().out.count(f"built-in model: converted once, and kept in {builtin_model(ID)}\n") == 1
+    assert main([command, experiment]) == ExitCode.USAGE
+    assert "built-in model" not in capsys.readouterr().out
 
 
 def test_another_file_in_the_wheel_gets_another_folder(wheel: Path, conversions: list[int]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.joint import Joint, join
+from pipeline.training.engine.short import attend_with
 from pipeline.training.engine.trial import rounding_of
 from pipeline.training.engine.trunk import Trunk
 
@@ -60,7 +61,7 @@ class SharedPrompt:
 
     def install(self) -> None:
         """Puts the joint forward in, switched on."""
-        self._attend_with(NAME)
+        attend_with(self.model, NAME)
         self.model.forward = _as(self._joint_score, self._score)
         self.backbone.forward = _as(self._joint_encode, self._encode)
         self.on = True
@@ -70,13 +71,7 @@ class SharedPrompt:
         self.on = False
         self.backbone.forward = self._encode
         self.model.forward = self._score
-        self._attend_with("sdpa")
-
-    def _attend_with(self, name: str) -> None:
-        """Sets the attention; PEFT's copies of opened blocks have configurations of their own."""
-        for module in self.model.modules():
-            if getattr(getattr(module, "config", None), "_attn_implementation", None) in ("sdpa", NAME):
-                module.config._attn_implementation = name
+        attend_with(self.model, "sdpa", (NAME,))
 
     @contextmanager
     def off(self) -> Iterator[None]:

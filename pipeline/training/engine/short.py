@@ -117,19 +117,29 @@ def short_attention(
     return attend(module, query, key, value, attention_mask, **kwargs), None
 
 
-@contextmanager
-def attending(model: Any, name: str, instead_of: Sequence[str] = ("sdpa",)) -> Iterator[bool]:
-    """While open, a model's layers take another attention; gives whether any of them does.
+def attend_with(model: Any, name: str, instead_of: Sequence[str] | None = ("sdpa",)) -> list[tuple[Any, str]]:
+    """Has a model's layers take another attention.
 
     Args:
         model: whose layers; PEFT's copies of blocks have configurations of their own.
         name: of the attention, as it is registered with Transformers.
-        instead_of: those in whose place it is put.
+        instead_of: those in whose place it is put; None: any.
+
+    Returns:
+        The configurations that name it now, each with the attention that it named before.
     """
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    own = [(one, before) for one in configs if (before := getattr(one, "_attn_implementation", None)) in instead_of]
+    named = [(config, getattr(config, "_attn_implementation", None)) for config in configs]
+    own = [(config, before) for config, before in named if before and (instead_of is None or before in instead_of)]
     for config, _ in own:
         config._attn_implementation = name
+    return own
+
+
+@contextmanager
+def attending(model: Any, name: str, instead_of: Sequence[str] | None = ("sdpa",)) -> Iterator[bool]:
+    """`attend_with` while it is open; gives whether any layer takes it."""
+    own = attend_with(model, name, instead_of)
     try:
         yield bool(own)
     finally:

@@ -221,3 +221,7 @@ def test_generation_is_left_alone(make_trainer: Callable[..., Any]) -> None:
     shared = SharedPrompt(trainer.model)
     shared.install()
     assert torch.equal(trainer.model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+    shared.uninstall()
+    assert {module.config._attn_implementation for module in trainer.model.modules() if hasattr(module, "config")} == {
+        "sdpa"
+    }

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from pipeline.data.rows import Demonstration, Preference
 from pipeline.errors import PipelineError
@@ -57,6 +60,21 @@ def test_the_answer_stands_beside_what_was_asked_last(monkeypatch: pytest.Monkey
     monkeypatch.setattr(samples_module, "generate", lambda *args, **kwargs: [Answer("It is.", 3, True)])
     (sample,) = Sampler(TRAINER, QUESTIONS, 8, print).ask()
     assert (sample.prompt, sample.answer, sample.tokens, sample.ended) == ("On?", "It is.", 3, True)
+
+
+def test_answers_are_computed_with_the_sum_of_weights(
+    tiny_folder: Path, summed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(r=2)).eval()
+
+    @torch.no_grad()
+    def generate(model: Any, *args: Any, **kwargs: Any) -> list[Answer]:
+        model(input_ids=torch.tensor([[5, 6]]))
+        return [Answer("It is.", 3, True)]
+
+    monkeypatch.setattr(samples_module, "generate", generate)
+    Sampler(SimpleNamespace(**{**vars(TRAINER), "model": model}), QUESTIONS, 8, print).ask()
+    assert len(summed) == len([name for name, _ in model.named_modules() if name.endswith("lora_A")])
 
 
 @pytest.mark.parametrize(
