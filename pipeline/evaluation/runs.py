@@ -43,6 +43,7 @@ from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
 from pipeline.training.engine.linear import added_up, join_products
+from pipeline.training.engine.packed import laid_out
 from pipeline.training.engine.precision import multiplication
 from pipeline.training.engine.short import attending_by_products
 from pipeline.training.start import find_adapter
@@ -304,7 +305,8 @@ def _adapted(model: Any, folder: Path) -> Iterator[Any]:
 
 @contextmanager
 def _as_it_is(model: Any) -> Iterator[Any]:
-    yield model
+    with laid_out(model):
+        yield model
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.training.engine.packed import pack, packs, product
+
 
 class Half:
     """Weights in bfloat16, made when a product asks for them.
@@ -20,13 +22,20 @@ class Half:
         self._kept = kept
         self._last: tuple[list[int], torch.Tensor] | None = None
 
-    def __call__(self) -> torch.Tensor:
-        """The weights as they are now, bfloat16."""
+    def through(self, into: torch.Tensor) -> torch.Tensor:
+        """`into` W, of the weights as they are now.
+
+        Args:
+            into: `[T, all outs]`, bfloat16.
+
+        Returns:
+            `[T, in]`, float32.
+        """
         versions = [weight._version for weight in self._weights]
-        if self._last is not None and self._last[0] == versions:
-            return self._last[1]
-        halves = [weight.detach().bfloat16() for weight in self._weights]
-        half = halves[0] if len(halves) == 1 else torch.cat(halves)
-        if self._kept and not any(weight.requires_grad for weight in self._weights):
-            self._last = versions, half
-        return half
+        if self._last is None or self._last[0] != versions:
+            halves = [weight.detach().bfloat16() for weight in self._weights]
+            half = (halves[0] if len(halves) == 1 else torch.cat(halves)).T
+            if not self._kept or any(weight.requires_grad for weight in self._weights):
+                return product(into, half).float()
+            self._last = versions, pack(half) if packs(half) else half
+        return product(into, self._last[1]).float()

@@ -23,8 +23,8 @@ import torch
 import trl.trainer.utils as trl_utils
 from trl.kernels import chunked_logprob
 
-from pipeline.model.device import available_memory
 from pipeline.training.engine.half import Half
+from pipeline.training.engine.packed import has_room
 
 _CPU_TOKENS = 128
 """Tokens in a tile of logits: 64 and 96 were slower on an AMD Zen 4, 256 is 4 % faster in twice the memory."""
@@ -99,7 +99,7 @@ class _Scored(torch.autograd.Function):
                     shares[at : at + len(share)] = share
             if slopes is not None and own is not None:
                 mix = shares[: len(tokens)]
-                mix = mix @ weight if half is None else (mix @ half()).float()
+                mix = mix @ weight if half is None else half.through(mix)
                 torch.sub(own, mix, out=slopes[start : start + tile])
         if slopes is not None and logits.scale != logits.temperature:
             slopes.mul_(logits.scale / logits.temperature)
@@ -190,8 +190,7 @@ class _Head:
 
     def _half(self, weight: torch.Tensor) -> Half:
         if id(weight) not in self._halves:
-            free = available_memory(weight.device)
-            self._halves[id(weight)] = Half([weight], kept=free is not None and 2 * weight.numel() <= free / 10)
+            self._halves[id(weight)] = Half([weight], kept=has_room(2 * weight.numel(), weight.device))
         return self._halves[id(weight)]
 
 

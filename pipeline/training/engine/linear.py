@@ -10,7 +10,7 @@ With `rounds`, the factors of gradients are rounded to bfloat16 (dL/dx = dL/dy �
 multiplications). The forward pass is float32 all the same: loss and log-probabilities are those of the weights, to
 float32's own error, and only the weights' path takes the noise, as in any bfloat16 training.
 
-Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor beside W, which stays as it is.
+Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor beside W, which stays as it is (`packed`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.model.device import available_memory
 from pipeline.training.engine.half import Half
+from pipeline.training.engine.packed import has_room, laid_out, pack, packs, product, replaced
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same x where they have one parent, as Transformers' models name them."""
@@ -49,7 +49,7 @@ class _Plain(torch.autograd.Function):
         into = grads[0].flatten(0, -2).bfloat16()
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_x = _through(into, ctx.half()).view(*grads[0].shape[:-1], -1)
+            to_x = ctx.half.through(into).view(*grads[0].shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             to_weight = (into.T @ x.flatten(0, -2).bfloat16()).float()
         if ctx.needs_input_grad[2]:
@@ -132,7 +132,7 @@ def _by_rank(narrow: torch.Tensor, bs: Sequence[torch.Tensor]) -> tuple[torch.Te
 def _to_input(intos: Sequence[torch.Tensor], below: _Below) -> torch.Tensor:
     """What goes back through the frozen weights, `[T, in]`."""
     if below.half is not None:
-        return _through(_joined([into.bfloat16() for into in intos], dim=1), below.half())
+        return below.half.through(_joined([into.bfloat16() for into in intos], dim=1))
     to_x = intos[0] @ below.weights[0]
     for into, weight in zip(intos[1:], below.weights[1:], strict=True):
         to_x.addmm_(into, weight)
@@ -141,10 +141,6 @@ def _to_input(intos: Sequence[torch.Tensor], below: _Below) -> torch.Tensor:
 
 _plain: Any = _Plain.apply
 _lora: Any = _Lora.apply
-
-
-def _through(into: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (into @ weight).float()
 
 
 def join_products(model: Any, *, rounds: bool) -> None:
@@ -163,7 +159,7 @@ def join_products(model: Any, *, rounds: bool) -> None:
     taken = {id(part) for layer in layers if isinstance(layer, LoraLayer) for part in layer.modules()}
     plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in taken] if rounds else []
     wanted = sum(2 * parameter.numel() for block in blocks for parameter in block.parameters())
-    kept = _has_room(wanted, base)
+    kept = has_room(wanted, _device_of(base))
     for layer in plain:
         layer.forward = partial(_plain_forward, layer, layer.forward, Half([layer.weight], kept=kept))
 
@@ -180,30 +176,24 @@ def added_up(model: Any) -> Iterator[None]:
     """While open, what is computed without gradients multiplies with the sum of a layer's weight and its LoRA.
 
     The values are PEFT's but for rounding. Where a tenth of the free memory does not hold the sums, and in layers that
-    `join_products` would not take, nothing changes.
+    `join_products` would not take, nothing changes. Layers without LoRA are `laid_out`.
 
     Args:
         model: the PEFT model; its adapter's weights stay as they are meanwhile. Another adapter goes PEFT's way.
     """
     layers = [layer for layer in model.modules() if _is_joined(layer) and _of_one_lora(layer) is not None]
-    if not _has_room(sum(4 * layer.base_layer.weight.numel() for layer in layers), model):
+    if not has_room(sum(4 * layer.base_layer.weight.numel() for layer in layers), _device_of(model)):
         layers = []
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(_sum_forward, layer, layer.forward, _sum_of(layer), list(layer.active_adapters))
-    try:
+
+    def with_sum(layer: Any) -> Callable[..., torch.Tensor]:
+        return partial(_sum_forward, layer, layer.forward, _sum_of(layer), list(layer.active_adapters))
+
+    with laid_out(model), replaced(layers, with_sum):
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
-def _has_room(wanted: int, model: Any) -> bool:
-    """Whether a tenth of the memory that is free holds so many bytes."""
-    free = available_memory(next(model.parameters()).device)
-    return free is not None and wanted <= free / 10
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _siblings(parent: nn.Module) -> list[list[Any]]:
@@ -233,7 +223,8 @@ def _sum_of(layer: Any) -> torch.Tensor:
     lora = _of_one_lora(layer)
     assert lora is not None, "asked before"
     a, b, scaling = lora
-    return torch.addmm(layer.base_layer.weight, b, a, alpha=scaling)
+    total = torch.addmm(layer.base_layer.weight, b, a, alpha=scaling)
+    return pack(total) if packs(total) else total
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -330,4 +321,4 @@ def _sum_forward(
     same = layer.active_adapters == adapters and _of_one_lora(layer) is not None
     if args or kwargs or trains or not same or not _is_float32(x):
         return stock(x, *args, **kwargs)
-    return linear(x, weight, layer.base_layer.bias)
+    return product(x, weight, layer.base_layer.bias)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.training.engine import linear
+from pipeline.training.engine import linear, packed
 from pipeline.training.engine.half import Half
 from pipeline.training.engine.linear import added_up, join_products
 from tests.tiny import LLAMA, config_of, save_model
@@ -100,18 +100,27 @@ def test_without_room_for_copies_the_result_is_the_same(tiny_folder: Path, monke
     model = build(tiny_folder)
     other = copy.deepcopy(model)
     join_products(model, rounds=True)
-    monkeypatch.setattr(linear, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(packed, "available_memory", lambda device: 1000)
     join_products(other, rounds=True)
     for one, two in zip(result(model)[1].values(), result(other)[1].values(), strict=True):
         assert torch.equal(one, two)
 
 
-def test_a_rounded_weight_is_made_anew_when_the_weight_has_changed() -> None:
-    weight = torch.nn.Parameter(torch.full((2, 2), 1.0), requires_grad=False)
-    half = Half([weight], kept=True)
-    assert half() is half()
-    weight.fill_(2.0)
-    assert half()[0, 0] == 2
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_rounded_weight_is_made_anew_when_the_weight_has_changed(
+    packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packs:
+        monkeypatch.setattr("pipeline.training.engine.half.packs", lambda weight: False)
+    weights = [torch.nn.Parameter(torch.full((out, 2), 1.0), requires_grad=False) for out in (2, 3)]
+    half = Half(weights, kept=True)
+    into = torch.ones(4, 5, dtype=torch.bfloat16)
+    assert torch.equal(half.through(into), torch.full((4, 2), 5.0))
+    made = half._last
+    half.through(into)
+    assert half._last is made
+    weights[1].fill_(2.0)
+    assert torch.equal(half.through(into), torch.full((4, 2), 8.0))
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
@@ -312,6 +321,6 @@ def test_another_adapter_never_sees_the_sum(tiny_folder: Path) -> None:
 def test_without_room_for_sums_nothing_changes(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny_folder)
     forwards = [module.forward for module in model.modules()]
-    monkeypatch.setattr(linear, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(packed, "available_memory", lambda device: 1000)
     with added_up(model):
         assert [module.forward for module in model.modules()] == forwards
