@@ -21,7 +21,8 @@ from pipeline.evaluation.checks import Checks, check_answer, require_references
 from pipeline.evaluation.divergence import Divergence, fitting
 from pipeline.evaluation.generation import Answer, Sampling, generate
 from pipeline.evaluation.intervals import Estimate
-from pipeline.evaluation.preference import completion_logps, pair_logps, preference_scores
+from pipeline.evaluation.known_prompts import KnownPrompts
+from pipeline.evaluation.preference import See, completion_logps, pair_logps, preference_scores
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.results import Comparison, PairScore, Sample
 from pipeline.evaluation.summary import General, Measured, differences, figures
@@ -118,14 +119,8 @@ def compare(
         started = time.perf_counter()
         divergence = _divergence(candidate, candidates[at + 1 :], completions, asked, distributions)
         with candidate.policy.activate() as model:
-            answers = _answers(model, tokenizer, asked, candidate.name, progress)
-            logps = completion_logps(
-                model,
-                completions,
-                batch_size=asked.scoring_batch_size,
-                share_prompts=True,
-                progress=_counter(progress, candidate.name, "demonstrations", len(completions)),
-                see=divergence.see,
+            logps, answers = _logps_and_answers(
+                model, tokenizer, asked, completions, candidate.name, progress, divergence.see
             )
             known, chosen = _general(model, general, asked.scoring_batch_size, choices)
         if candidate.name == base:
@@ -215,8 +210,27 @@ def _general(
     return General(logps.tolist(), [completion.scored_tokens for completion in general], agreed), ours
 
 
-def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Progress | None) -> list[Answer]:
-    return generate(
+def _logps_and_answers(
+    model: Any,
+    tokenizer: Any,
+    asked: Asked,
+    completions: Sequence[Completion],
+    name: str,
+    progress: Progress | None,
+    see: See,
+) -> tuple[torch.Tensor, list[Answer]]:
+    """The demonstrations' log-probabilities, and answers that begin from what was computed of the prompts there."""
+    known = KnownPrompts(model.device) if asked.questions else None
+    logps = completion_logps(
+        model,
+        completions,
+        batch_size=asked.scoring_batch_size,
+        share_prompts=True,
+        known=known,
+        progress=_counter(progress, name, "demonstrations", len(completions)),
+        see=see,
+    )
+    answers = generate(
         model,
         tokenizer,
         [question.prompt for question in asked.questions],
@@ -224,8 +238,10 @@ def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Prog
         batch_size=asked.batch_size,
         sampling=asked.sampling,
         tools=[question.tools for question in asked.questions],
+        known=known,
         progress=_counter(progress, name, "answers", len(asked.questions)),
     )
+    return logps, answers
 
 
 def _checked(answer: Answer, question: Question, checks: Checks) -> dict[str, bool]:
