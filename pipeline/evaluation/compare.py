@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.evaluation.checks import Checks, check_answer, require_references
 from pipeline.evaluation.divergence import Divergence, fitting
 from pipeline.evaluation.generation import Answer, Sampling, generate
 from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.kept_logps import KeptLogps
 from pipeline.evaluation.known_prompts import KnownPrompts
 from pipeline.evaluation.preference import See, completion_logps, pair_logps, preference_scores
 from pipeline.evaluation.questions import Question
@@ -40,6 +42,8 @@ class Policy:
     """Equal keys are equal weights: what was scored with one is not scored again."""
     activate: Callable[[], AbstractContextManager[Any]]
     """Gives the model with these weights, for as long as the context lasts."""
+    kept: KeptLogps | None = None
+    """Log-probabilities of pairs under these weights that are kept from before."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +268,11 @@ def _margins(
             if policy.key not in scored:
                 ticking = _counter(progress, candidate.name, "preferences", 2 * len(pairs))
                 with policy.activate() as model:
-                    scored[policy.key] = pair_logps(
-                        model, pairs, batch_size=batch_size, share_prompts=True, progress=ticking
-                    )
+                    score = partial(pair_logps, model, batch_size=batch_size, share_prompts=True)
+                    kept = policy.kept.of(pairs, score) if policy.kept is not None else None
+                    if kept is not None and ticking is not None:
+                        ticking(2 * len(pairs))
+                    scored[policy.key] = kept or score(pairs, progress=ticking)
             return scored[policy.key]
 
         return logps
