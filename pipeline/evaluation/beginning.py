@@ -1,12 +1,11 @@
-"""What all of some prompts begin with, computed once: a template's first lines, a system prompt.
+"""What is computed of prompts before they are answered: their first tokens, with the keys and values of these.
 
-Keys and values of those tokens are the same in every row, whatever follows them. They are computed in a row of their
-own, and each row goes on from a copy.
+What all of some prompts begin with (a template's first lines, a system prompt) has the same keys and values in every
+row, whatever follows. It is computed in a row of its own, and each row goes on from a copy.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,28 +21,14 @@ _WORTH = 8
 
 @dataclass(frozen=True)
 class Beginning:
-    """The first tokens of all prompts, and the model's keys and values of them."""
+    """The first tokens of B prompts, as far as they are computed."""
 
-    length: int
-    """In tokens; 0: nothing is shared."""
-    _cache: Any = None
-
-    def inputs(self, mask: torch.Tensor) -> dict[str, Any]:
-        """What the model's forward takes besides the ids that follow.
-
-        Args:
-            mask: `[B, T]`, 1 for a token and 0 for padding, of what follows.
-
-        Returns:
-            The attention mask, `[B, length + T]`; where something is shared, also positions `[B, T]` and the cache.
-        """
-        if not self.length:
-            return {"attention_mask": mask}
-        whole = torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(len(mask))
-        positions = (whole.cumsum(dim=1) - 1)[:, self.length :]
-        return {"attention_mask": whole, "position_ids": positions, "past_key_values": cache}
+    lengths: list[int]
+    """How many of each prompt; at least one is left to follow."""
+    mask: torch.Tensor
+    """`[B, T]`, T the largest of `lengths`: 1 for a token and 0 for padding, flush right."""
+    cache: Any = None
+    """Keys and values, `[B, key heads, T, d]` a layer, to be gone on from once; None where T is 0."""
 
 
 def beginning_of(model: Any, prompts: Sequence[list[int]]) -> Beginning:
@@ -53,13 +38,13 @@ def beginning_of(model: Any, prompts: Sequence[list[int]]) -> Beginning:
         model: a Transformers causal language model, or a PEFT model around one, without gradients.
         prompts: token ids.
     """
-    if len(prompts) < 2 or not remembers_keys_alone(model):
-        return Beginning(0)
     length = min(common_prefix(min(prompts), max(prompts)), *(len(prompt) - 1 for prompt in prompts))
-    if length < _WORTH:
-        return Beginning(0)
+    if len(prompts) < 2 or length < _WORTH or not remembers_keys_alone(model):
+        return Beginning([0] * len(prompts), torch.zeros(len(prompts), 0, dtype=torch.long, device=model.device))
     ids = torch.tensor([prompts[0][:length]], device=model.device)
-    return Beginning(length, model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(len(prompts))
+    return Beginning([length] * len(prompts), ids.new_ones(len(prompts), length), cache)
 
 
 def remembers_keys_alone(model: Any) -> bool:

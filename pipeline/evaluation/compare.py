@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +22,9 @@ from pipeline.evaluation.checks import Checks, check_answer, require_references
 from pipeline.evaluation.divergence import Divergence, fitting
 from pipeline.evaluation.generation import Answer, Sampling, generate
 from pipeline.evaluation.intervals import Estimate
-from pipeline.evaluation.preference import completion_logps, pair_logps, preference_scores
+from pipeline.evaluation.kept_logps import KeptLogps
+from pipeline.evaluation.known_prompts import KnownPrompts
+from pipeline.evaluation.preference import See, completion_logps, pair_logps, preference_scores
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.results import Comparison, PairScore, Sample
 from pipeline.evaluation.summary import General, Measured, differences, figures
@@ -39,6 +42,8 @@ class Policy:
     """Equal keys are equal weights: what was scored with one is not scored again."""
     activate: Callable[[], AbstractContextManager[Any]]
     """Gives the model with these weights, for as long as the context lasts."""
+    kept: KeptLogps | None = None
+    """Log-probabilities of pairs under these weights that are kept from before."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +123,8 @@ def compare(
         started = time.perf_counter()
         divergence = _divergence(candidate, candidates[at + 1 :], completions, asked, distributions)
         with candidate.policy.activate() as model:
-            answers = _answers(model, tokenizer, asked, candidate.name, progress)
-            logps = completion_logps(
-                model,
-                completions,
-                batch_size=asked.scoring_batch_size,
-                share_prompts=True,
-                progress=_counter(progress, candidate.name, "demonstrations", len(completions)),
-                see=divergence.see,
+            logps, answers = _logps_and_answers(
+                model, tokenizer, asked, completions, candidate.name, progress, divergence.see
             )
             known, chosen = _general(model, general, asked.scoring_batch_size, choices)
         if candidate.name == base:
@@ -215,8 +214,27 @@ def _general(
     return General(logps.tolist(), [completion.scored_tokens for completion in general], agreed), ours
 
 
-def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Progress | None) -> list[Answer]:
-    return generate(
+def _logps_and_answers(
+    model: Any,
+    tokenizer: Any,
+    asked: Asked,
+    completions: Sequence[Completion],
+    name: str,
+    progress: Progress | None,
+    see: See,
+) -> tuple[torch.Tensor, list[Answer]]:
+    """The demonstrations' log-probabilities, and answers that begin from what was computed of the prompts there."""
+    known = KnownPrompts(model.device) if asked.questions else None
+    logps = completion_logps(
+        model,
+        completions,
+        batch_size=asked.scoring_batch_size,
+        share_prompts=True,
+        known=known,
+        progress=_counter(progress, name, "demonstrations", len(completions)),
+        see=see,
+    )
+    answers = generate(
         model,
         tokenizer,
         [question.prompt for question in asked.questions],
@@ -224,8 +242,10 @@ def _answers(model: Any, tokenizer: Any, asked: Asked, name: str, progress: Prog
         batch_size=asked.batch_size,
         sampling=asked.sampling,
         tools=[question.tools for question in asked.questions],
+        known=known,
         progress=_counter(progress, name, "answers", len(asked.questions)),
     )
+    return logps, answers
 
 
 def _checked(answer: Answer, question: Question, checks: Checks) -> dict[str, bool]:
@@ -248,9 +268,11 @@ def _margins(
             if policy.key not in scored:
                 ticking = _counter(progress, candidate.name, "preferences", 2 * len(pairs))
                 with policy.activate() as model:
-                    scored[policy.key] = pair_logps(
-                        model, pairs, batch_size=batch_size, share_prompts=True, progress=ticking
-                    )
+                    score = partial(pair_logps, model, batch_size=batch_size, share_prompts=True)
+                    kept = policy.kept.of(pairs, score) if policy.kept is not None else None
+                    if kept is not None and ticking is not None:
+                        ticking(2 * len(pairs))
+                    scored[policy.key] = kept or score(pairs, progress=ticking)
             return scored[policy.key]
 
         return logps

@@ -19,6 +19,7 @@ from pipeline.data.tokens import Text, encode
 from pipeline.errors import PipelineError
 from pipeline.evaluation.beginning import beginning_of
 from pipeline.evaluation.inference import evaluating, forward_parameters, left_padded
+from pipeline.evaluation.known_prompts import KnownPrompts
 
 _MARK = "0a1b2c3d"
 """An answer that no chat template contains by itself."""
@@ -57,6 +58,7 @@ def generate(
     batch_size: int,
     tools: Sequence[Any] | None = None,
     sampling: Sampling | None = None,
+    known: KnownPrompts | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The answer to every prompt, in the order of the prompts: greedy, or drawn.
@@ -73,6 +75,7 @@ def generate(
         batch_size: prompts at a time; they are sorted by length, so that little is spent on padding.
         tools: the tools of each conversation.
         sampling: how tokens are drawn; None: greedy.
+        known: prompts that these very weights have computed; a batch of them is not computed again.
         progress: called with the number of answers finished since the last call.
 
     Raises:
@@ -95,8 +98,9 @@ def generate(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
+            asked = [ids[index] for index in batch]
             for place, generated, ended in _decode(
-                model, [ids[index] for index in batch], stops, max_new_tokens, progress, _choosers(sampling, batch)
+                model, asked, known, stops, max_new_tokens, progress, _choosers(sampling, batch)
             ):
                 text = tokenizer.decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 answers[batch[place]] = Answer(text, len(generated), ended)
@@ -169,6 +173,7 @@ def _require_room(model: Any, prompts: list[list[int]], max_new_tokens: int) -> 
 def _decode(
     model: Any,
     prompts: list[list[int]],
+    known: KnownPrompts | None,
     stops: frozenset[int],
     max_new_tokens: int,
     progress: Callable[[int], None] | None,
@@ -179,12 +184,13 @@ def _decode(
     Greedy, unless each prompt has a chooser of its own.
     """
     parameters = forward_parameters(model)
-    beginning = beginning_of(model, prompts)
-    ids, own = left_padded([prompt[beginning.length :] for prompt in prompts], model.device)
-    given = beginning.inputs(own)
-    mask, cache = given["attention_mask"], given.get("past_key_values")
+    beginning = (known.beginning(prompts) if known is not None else None) or beginning_of(model, prompts)
+    follows = [prompt[done:] for prompt, done in zip(prompts, beginning.lengths, strict=True)]
+    ids, mask = left_padded(follows, model.device)
+    mask = torch.cat([beginning.mask, mask], dim=1)
+    cache = beginning.cache
     # A token's position is the number of real tokens before it, so that padding moves nothing.
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, beginning.length :]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     generated: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     rows = list(range(len(prompts)))  # the prompts that are still being answered

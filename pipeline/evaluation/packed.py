@@ -15,6 +15,7 @@ import torch
 from pipeline.data.tokens import Completion
 from pipeline.evaluation.beginning import remembers_keys_alone
 from pipeline.evaluation.inference import right_padded
+from pipeline.evaluation.known_prompts import KnownPrompts
 from pipeline.training.engine import short
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.joint import Joint, join
@@ -37,12 +38,15 @@ def packing(model: Any) -> Iterator[bool]:
         yield can
 
 
-def packed_logits(model: Any, rows: Sequence[tuple[Completion, ...]]) -> list[torch.Tensor] | None:
+def packed_logits(
+    model: Any, rows: Sequence[tuple[Completion, ...]], known: KnownPrompts | None = None
+) -> list[torch.Tensor] | None:
     """What each scored token is predicted from, while `packing` is open.
 
     Args:
         model: see `packing`; without gradients.
         rows: completions by themselves, or two behind one prompt; with it, one of them has two tokens at least.
+        known: keeps the keys and values of the prompts, as long as there is room.
 
     Returns:
         Logits `[n, V]` of the n scored tokens of each completion, in the model's precision, first of all rows' first
@@ -57,22 +61,28 @@ def packed_logits(model: Any, rows: Sequence[tuple[Completion, ...]]) -> list[to
         for at, (completion, sequence) in enumerate(zip(completions, sequences, strict=True))
     ]
     asked = places[: len(rows) * len(rows[0])]
-    logits = _read(model, joint, torch.cat(asked))
-    return None if logits is None else list(torch.split(logits, [len(place) for place in asked]))
+    output = _read(model, joint, torch.cat(asked), use_cache=known is not None and known.keeps)
+    if output is None:
+        return None
+    if known is not None and known.keeps:
+        prompts = [row[0].prompt_ids for row in rows]
+        known.add(
+            output.past_key_values,
+            prompts,
+            [own[: len(prompt)] for own, prompt in zip(source, prompts, strict=False)],
+        )
+    return list(torch.split(output.logits[0], [len(place) for place in asked]))
 
 
-def _read(model: Any, joint: Joint, places: torch.Tensor) -> torch.Tensor | None:
+def _read(model: Any, joint: Joint, places: torch.Tensor, *, use_cache: bool) -> Any:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     output = inner(
         input_ids=joint.input_ids,
         position_ids=joint.position_ids,
         # Four dimensions: passed on as it is, by models with one mask and with one for each type of layer.
         attention_mask=joint.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-        use_cache=False,
+        use_cache=use_cache,
         logits_to_keep=places,
         joint=joint,
     )
-    if joint.layers != inner.config.get_text_config().num_hidden_layers:
-        return None
-    logits: torch.Tensor = output.logits[0]
-    return logits
+    return output if joint.layers == inner.config.get_text_config().num_hidden_layers else None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.data.tokens import Completion, Pair
 from pipeline.evaluation.inference import evaluating, forward_parameters, right_padded
 from pipeline.evaluation.intervals import Estimate, bootstrap
+from pipeline.evaluation.known_prompts import KnownPrompts
 from pipeline.evaluation.packed import packed_logits, packing
 from pipeline.training.engine.trial import rounding_of
 
@@ -35,6 +36,7 @@ def completion_logps(
     *,
     batch_size: int = 8,
     share_prompts: bool = False,
+    known: KnownPrompts | None = None,
     progress: Callable[[int], None] | None = None,
     see: See | None = None,
 ) -> torch.Tensor:
@@ -50,6 +52,7 @@ def completion_logps(
         batch_size: sequences at a time.
         share_prompts: without padding, and what all prompts of a batch begin with once, where the model can: the same
             but for rounding. A proof asks for the plain forward instead.
+        known: with `share_prompts`, keeps what was computed of the prompts, for `generate` to begin from.
         progress: called with the number of sequences scored since the last call.
         see: shown what each token was predicted from.
     """
@@ -61,7 +64,8 @@ def completion_logps(
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
             rows = [completions[index] for index in batch]
-            for index, logits in zip(batch, _packed(model, rows) if packed else _padded(model, rows), strict=True):
+            scored = _packed(model, rows, known) if packed else _padded(model, rows)
+            for index, logits in zip(batch, scored, strict=True):
                 logps[index] = _log_probability(logits, completions[index])
                 if see is not None:
                     see(index, logits)
@@ -84,10 +88,10 @@ def _padded(model: Any, completions: Sequence[Completion]) -> Iterator[torch.Ten
         yield logits[row, start - first : end - first].float()
 
 
-def _packed(model: Any, completions: Sequence[Completion]) -> Iterator[torch.Tensor]:
+def _packed(model: Any, completions: Sequence[Completion], known: KnownPrompts | None) -> Iterator[torch.Tensor]:
     """The same, on one row without padding."""
     with packing(model):
-        logits = packed_logits(model, [(completion,) for completion in completions])
+        logits = packed_logits(model, [(completion,) for completion in completions], known)
     assert logits is not None, "the model read the row of the trial"
     for own in logits:
         yield own.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -21,32 +21,39 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline import cache
 from pipeline.data.check import load_rows
 from pipeline.data.rows import Preference
 from pipeline.data.tokenised import tokenize_preferences
 from pipeline.data.tokens import Completion, Pair
 from pipeline.errors import PipelineError
+from pipeline.evaluation.beginning import remembers_keys_alone
 from pipeline.evaluation.checks import checks_of
 from pipeline.evaluation.compare import Asked, Candidate, Policy, compare
 from pipeline.evaluation.generation import Sampling
 from pipeline.evaluation.harness import TaskFigure, require_tasks, run_tasks, version
 from pipeline.evaluation.judge import Judged, judge_pairs, key_of
+from pipeline.evaluation.kept_logps import KeptLogps
 from pipeline.evaluation.questions import Question, completion_of, question_of
 from pipeline.evaluation.results import COMPARISON, Comparison, write_comparison
 from pipeline.evaluation.wording import last_said
 from pipeline.experiment import Experiment, Judge, LmEval
 from pipeline.experiment_file import load_experiment
-from pipeline.model.adapter import adapter_sha256, attached, require_adapter
+from pipeline.model.adapter import adapter_sha256, attached, hashes_of, require_adapter
 from pipeline.model.base import load_base
 from pipeline.model.builtin import cache_directory
+from pipeline.model.device import Placement
 from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
+from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.linear import added_up, join_products
 from pipeline.training.engine.packed import laid_out
-from pipeline.training.engine.precision import multiplication
+from pipeline.training.engine.precision import Products, multiplication
+from pipeline.training.engine.reference import ReferenceStore, reference_key
 from pipeline.training.engine.short import attending_by_products
 from pipeline.training.start import find_adapter
+from pipeline.training.tolerance import tolerance_for
 
 BASE = "base"
 _GENERAL = Path(__file__).resolve().parent.parent / "datasets" / "general" / "general.jsonl"
@@ -94,12 +101,15 @@ def compare_runs(
     base = Policy(ground.base_sha256, partial(_as_it_is, model))
     names = _names(runs)
     candidates = [Candidate(BASE, base)] if with_base else []
-    candidates += [_candidate(name, run, model, base, root) for name, run in zip(names, runs, strict=True)]
     with (
         _progress(console) as ticking,
-        multiplication(experiment.engine.precision, ground.placement.device),
+        multiplication(experiment.engine.precision, ground.placement.device) as products,
         attending_by_products(model),
     ):
+        quantize = experiment.model.quantize
+        kept = partial(_kept, model, ground.placement, ground.base_sha256, quantize, products)
+        policy = partial(_policy, model, kept)
+        candidates += [_candidate(name, run, policy, base, root) for name, run in zip(names, runs, strict=True)]
         comparison = compare(
             candidates,
             ground.tokenizer,
@@ -279,19 +289,41 @@ def _names(runs: Sequence[Run | Path]) -> list[str]:
     return names
 
 
-def _candidate(name: str, run: Run | Path, model: Any, base: Policy, root: Path) -> Candidate:
+def _candidate(name: str, run: Run | Path, policy: Callable[[Path], Policy], base: Policy, root: Path) -> Candidate:
     if isinstance(run, Path):
-        return Candidate(name, _policy(model, run))
+        return Candidate(name, policy(run))
     own = experiment_of(run)
     if run.stage == "sft":
-        return Candidate(name, _policy(model, run.adapter), base, own.dpo.beta)
+        return Candidate(name, policy(run.adapter), base, own.dpo.beta)
     _, parent = find_adapter(root, str(run.manifest["parent"]))
     start = parent.adapter if isinstance(parent, Run) else parent
-    return Candidate(name, _policy(model, run.adapter), _policy(model, start), own.dpo.beta)
+    return Candidate(name, policy(run.adapter), policy(start), own.dpo.beta)
 
 
-def _policy(model: Any, folder: Path) -> Policy:
-    return Policy(str(require_adapter(folder).resolve()), partial(_adapted, model, folder))
+def _policy(model: Any, kept: Callable[[Path], KeptLogps | None], folder: Path) -> Policy:
+    return Policy(str(require_adapter(folder).resolve()), partial(_adapted, model, folder), kept(folder))
+
+
+def _kept(
+    model: Any, placement: Placement, base_sha256: str, quantize: str, products: Products, folder: Path
+) -> KeptLogps | None:
+    """What `pipeline dpo` kept of the adapter in `folder` as its reference, where it was scored as it would be here.
+
+    Not in half precision, where two ways of scoring differ by more than many a margin, nor of a model that `compare`
+    scores with padding.
+    """
+    tolerance = tolerance_for(placement.dtype, quantize, rounds=products.round)
+    if not tolerance.exact or not remembers_keys_alone(model):
+        return None
+    key = reference_key(
+        base_sha256=base_sha256,
+        adapter=hashes_of(folder),
+        placement=placement,
+        quantize=quantize,
+        products=products,
+        attention=NAME,
+    )
+    return KeptLogps(ReferenceStore(cache.folder_of("references"), key).read(), tolerance.start)
 
 
 @contextmanager

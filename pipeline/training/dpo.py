@@ -60,11 +60,11 @@ from pipeline.training.proof import (
     fingerprints,
     reference_hash,
     score,
-    tolerance_for,
     write_proof,
 )
 from pipeline.training.stage import begin, build_trainer, train
 from pipeline.training.start import find_adapter, require_same_ground
+from pipeline.training.tolerance import tolerance_for
 from pipeline.training.watch.evaluation import PairwiseEvaluation
 from pipeline.training.watch.samples import sample_questions
 
@@ -307,11 +307,12 @@ def _run_dpo(
         words, trunk = trainer.keep_trunk(experiment.engine.trunk_cache, few, cache_directory())
         if words is not None:
             console.print(words, highlight=False)
-        weights_in = f"{ground.placement.dtype} on {ground.placement.device.type}, quantize {experiment.model.quantize}"
         key = reference_key(
             base_sha256=ground.base_sha256,
-            adapter_sha256=f"{origin.hashes['sha256']} {origin.hashes['config_sha256']}",
-            precision=f"{weights_in}, {'rounded' if products.round else 'exact'} products".removeprefix("torch."),
+            adapter=origin.hashes,
+            placement=ground.placement,
+            quantize=experiment.model.quantize,
+            products=products,
             attention=policy.get_base_model().config._attn_implementation,
             ld_alpha=trainer.ld_alpha,
         )

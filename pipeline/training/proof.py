@@ -23,6 +23,7 @@ from pipeline.errors import ExitCode, PipelineError
 from pipeline.runs.files import write_json
 from pipeline.training.engine.reference import COLUMNS
 from pipeline.training.engine.trainer import outputs_of
+from pipeline.training.tolerance import Tolerance
 
 PROOF = "proof.json"
 PROOF_PAIRS = 8
@@ -30,29 +31,6 @@ EVALUATED_PAIRS = 16
 """How many of the first training pairs are scored."""
 
 _SIGMOID_AT_ZERO = math.log(2)
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far equal weights may read apart, in nats of a whole completion."""
-
-    start: float
-    """Between the SFT adapter reopened from the disk and the reference in the trainer: another order of sums, and
-    the rounding of the fold."""
-    drift: float
-    """Between the reference before and after, on the same batches: the same sums in the same order."""
-
-
-def tolerance_for(dtype: torch.dtype, quantize: str = "none", *, rounds: bool = False) -> Tolerance:
-    """float32: 0.02 nats at the start and exactly none of drift; half precision: 1 nat and 0.01.
-
-    Args:
-        dtype: of the base's weights.
-        quantize: a base in four bits (`nf4`) computes in bfloat16 whatever the rest is held in.
-        rounds: whether float32 products are rounded to half precision's bits, or nearly so.
-    """
-    exact = dtype == torch.float32 and quantize == "none" and not rounds
-    return Tolerance(0.02, 0.0) if exact else Tolerance(1.0, 0.01)
 
 
 def reference_hash(base_sha256: str, adapter: Mapping[str, str | None], template_sha256: str | None) -> str:

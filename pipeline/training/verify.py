@@ -22,8 +22,9 @@ from pipeline.model.ground import Ground, prepare_ground, quiet_libraries
 from pipeline.runs.files import ADAPTER_CONFIG
 from pipeline.runs.run import Run
 from pipeline.training.engine.precision import Products, multiplication
-from pipeline.training.proof import PROOF, reference_hash, tolerance_for
+from pipeline.training.proof import PROOF, reference_hash
 from pipeline.training.start import find_adapter
+from pipeline.training.tolerance import tolerance_for
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def train_side(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOTrainer
 
-    from pipeline.model.device import reuse_memory
+    from pipeline.model.device import Placement, reuse_memory
     from pipeline.model.ground import quiet_libraries
     from pipeline.training.arguments import dpo_config
     from pipeline.training.engine.head import compact_head
@@ -147,7 +147,14 @@ def train_side(
             join_products(policy, rounds=products.round_gradients)
             join_norms(policy)
             print(trainer.keep_trunk("auto", batch, folder)[0])
-            key = reference_key(base_sha256="base", adapter_sha256="start", precision=precision, attention="own")
+            key = reference_key(
+                base_sha256="base",
+                adapter={"sha256": "start", "config_sha256": "start"},
+                placement=Placement(policy.device, policy.dtype),
+                quantize="none",
+                products=products,
+                attention="own",
+            )
             store = ReferenceStore(folder / f"references-{time.time_ns()}", key)
             trainer.keep_reference(KeptReference(store, 0.02, print))
             trainer.begins_as_reference = True  # `pipeline dpo` sees the proof's pairs score alike, to the bit

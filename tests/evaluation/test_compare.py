@@ -265,6 +265,27 @@ def test_progress_reaches_every_total(candidates: list[Candidate], tiny_tokenize
     assert last["dpo", "answers"] == (3, 3)
 
 
+def test_answers_begin_from_what_the_demonstrations_computed(
+    candidates: list[Candidate], model: PeftModel, tiny_tokenizer: Any, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No prompt is read but in the row of its demonstration; the questions without one are read for their answers."""
+    inner = model.get_base_model().model
+    stock = inner.forward
+    prefilled: list[int] = []
+
+    def forward(input_ids: torch.Tensor, **given: Any) -> Any:
+        if given["use_cache"] and "joint" not in given and input_ids.shape[1] > 1:
+            prefilled.append(len(input_ids))
+        return stock(input_ids=input_ids, **given)
+
+    monkeypatch.setattr(inner, "forward", forward)
+    ours = compare(candidates, tiny_tokenizer, asked)
+    assert prefilled == []
+    plain = compare(candidates, tiny_tokenizer, replace(asked, completions=()))
+    assert prefilled == [2, 1] * 3
+    assert [sample.outputs for sample in ours.samples] == [sample.outputs for sample in plain.samples]
+
+
 def test_a_misspelt_field_stops_before_anything_is_asked(
     candidates: list[Candidate], model: PeftModel, tiny_tokenizer: Any
 ) -> None:

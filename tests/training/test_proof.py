@@ -9,7 +9,6 @@ import torch
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.training.proof import (
     Scores,
-    Tolerance,
     check_drift,
     check_evaluation,
     check_movement,
@@ -18,8 +17,8 @@ from pipeline.training.proof import (
     evaluated_sample,
     fingerprints,
     reference_hash,
-    tolerance_for,
 )
+from pipeline.training.tolerance import Tolerance, tolerance_for
 
 TOLERANCE = Tolerance(start=0.02, drift=0.0)
 REFERENCE = torch.tensor([[-10.0, -12.0], [-9.0, -11.0]])

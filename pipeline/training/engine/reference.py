@@ -25,12 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.cache import KEY
+from pipeline.model.device import Placement
 from pipeline.runs.files import write_json
+from pipeline.training.engine.precision import Products
 
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_SAMPLE = 4
+SAMPLE = 4
 """Rows kept from before that are scored again before the others are believed."""
 _WRITTEN_AT_LEAST = 64
 """Rows in one file, but for the last before a checkpoint."""
@@ -42,21 +44,32 @@ Score = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
 def reference_key(
-    *, base_sha256: str, adapter_sha256: str, precision: str, attention: str, ld_alpha: float | None = None
+    *,
+    base_sha256: str,
+    adapter: Mapping[str, str],
+    placement: Placement,
+    quantize: str,
+    products: Products,
+    attention: str,
+    ld_alpha: float | None = None,
 ) -> dict[str, Any]:
     """All that the reference's log-probabilities depend on, but for the token ids.
 
     Args:
         base_sha256: of the base's weights.
-        adapter_sha256: of the SFT adapter's.
-        precision: of weights and of products, and on what kind of device; how the base is quantised.
+        adapter: `hashes_of` the SFT adapter.
+        placement: in which precision the base's weights are held, and on what kind of device.
+        quantize: how the base is quantised.
+        products: whether float32 products are rounded.
         attention: the implementation, and whether completions share a row.
         ld_alpha: TRL's weight of tokens past the shorter completion, which it puts into the sums.
     """
+    dtype = str(placement.dtype).removeprefix("torch.")
+    weights = f"{dtype} on {placement.device.type}, quantize {quantize}"
     return {
         "base_sha256": base_sha256,
-        "adapter_sha256": adapter_sha256,
-        "precision": precision,
+        "adapter_sha256": f"{adapter['sha256']} {adapter['config_sha256']}",
+        "precision": f"{weights}, {'rounded' if products.round else 'exact'} products",
         "attention": attention,
         "ld_alpha": ld_alpha,
         "versions": {name: version(name) for name in LIBRARIES},
@@ -136,7 +149,7 @@ class KeptReference:
         self._tolerance = tolerance
         self._say = say
         self._before = store.read()
-        self._unconfirmed = _SAMPLE
+        self._unconfirmed = SAMPLE
         self._used: set[bytes] = set()
         self._new: Logps = {}
         self._unwritten: Logps = {}

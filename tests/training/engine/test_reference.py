@@ -10,15 +10,25 @@ import torch
 
 from pipeline import cache
 from pipeline.experiment_file import load_experiment
+from pipeline.model.device import Placement
 from pipeline.training.dpo import run_dpo
 from pipeline.training.engine import reference
+from pipeline.training.engine.precision import Products
 from pipeline.training.engine.reference import ReferenceStore, reference_key, row_digest
 from pipeline.training.engine.trainer import PreferenceTrainer, outputs_of
 from pipeline.training.keeper import Keeper
 from pipeline.training.sft import run_sft
 
 ROW = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
-KEY = {"base_sha256": "b", "adapter_sha256": "a", "precision": "float32", "attention": "sdpa", "ld_alpha": None}
+KEY: dict[str, Any] = {
+    "base_sha256": "b",
+    "adapter": {"sha256": "a", "config_sha256": "c"},
+    "placement": Placement(torch.device("cpu"), torch.float32),
+    "quantize": "none",
+    "products": Products("exact", round=False),
+    "attention": "sdpa",
+    "ld_alpha": None,
+}
 
 
 def test_a_row_is_named_by_its_ids_and_where_they_are_cut() -> None:
@@ -32,12 +42,24 @@ def test_a_row_is_named_by_its_ids_and_where_they_are_cut() -> None:
     assert row_digest({**ROW, "ref_chosen_logps": 1.0}) == row_digest(ROW)
 
 
-@pytest.mark.parametrize("part", KEY)
-def test_each_part_of_the_key_leads_to_another_folder(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("base_sha256", "other"),
+        ("adapter", {"sha256": "other", "config_sha256": "c"}),
+        ("adapter", {"sha256": "a", "config_sha256": "other"}),
+        ("placement", Placement(torch.device("cpu"), torch.bfloat16)),
+        ("placement", Placement(torch.device("cuda"), torch.float32)),
+        ("quantize", "nf4"),
+        ("products", Products("rounded", round=True)),
+        ("attention", "other"),
+        ("ld_alpha", 0.5),
+    ],
+)
+def test_each_part_of_the_key_leads_to_another_folder(tmp_path: Path, part: str, other: Any) -> None:
     store = ReferenceStore(tmp_path, reference_key(**KEY))
     store.write({row_digest(ROW): (-1.0, -2.0)})
     assert ReferenceStore(tmp_path, reference_key(**KEY)).read() == {row_digest(ROW): (-1.0, -2.0)}
-    other = 0.5 if part == "ld_alpha" else "other"
     assert ReferenceStore(tmp_path, reference_key(**{**KEY, part: other})).read() == {}
 
 
