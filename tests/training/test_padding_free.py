@@ -248,6 +248,20 @@ def test_other_batches_keep_the_models_own_attention(make_trainer: Any, rows: An
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(("own", "answers"), [("sdpa", "short_rows"), ("eager", "eager")])
+def test_answers_are_short_rows(make_trainer: Any, rows: Any, own: str, answers: str) -> None:
+    model = build("Llama")
+    model.set_attn_implementation(own)
+    trainer = make_trainer(model)
+    ids = torch.tensor([rows[1]["input_ids"]])
+    before = model(input_ids=ids).logits
+    assert leave_padding_out(trainer) is None
+    step(trainer, rows)
+    model.load_state_dict(build("Llama").state_dict())
+    assert torch.allclose(model(input_ids=ids, use_cache=True).logits, before, atol=1e-5)
+    assert model.config._attn_implementation == answers
+
+
 def hybrid() -> Any:
     linear = {
         "linear_num_value_heads": 2,

@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.data.tokens import common_prefix
+from pipeline.training.engine import short
 from pipeline.training.engine.attention import attend_in_parts, part_by_part
 from pipeline.training.engine.parts import Part, Row
 from pipeline.training.engine.trial import trial_rows, window_of
@@ -205,6 +206,8 @@ def _lay_out(ids: torch.Tensor, lengths: list[int]) -> _Layout | None:
 def _dispatch_rows(backbone: Any) -> Callable[[], None]:
     """Lets each forward of `backbone` choose its attention by its batch: by row where rows are given, else its own.
 
+    Answers, which keep keys and values, are short rows.
+
     The choice outlives the forward, since checkpointed blocks are computed again in the backward pass.
 
     Returns:
@@ -239,7 +242,8 @@ def _dispatch_rows(backbone: Any) -> Callable[[], None]:
                         name: kwargs[name].index_select(1, layout.kept) for name in ("input_ids", "position_ids")
                     }
             kwargs |= by_row(lengths, own, front)
-        use(own if boundaries is None else SEGMENTS)
+        answers = short.NAME if own == "sdpa" and kwargs.get("use_cache") else own
+        use(answers if boundaries is None else SEGMENTS)
         return args, kwargs
 
     def give_back(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:

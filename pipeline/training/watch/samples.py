@@ -13,8 +13,12 @@ from pipeline.evaluation.generation import generate
 from pipeline.evaluation.questions import Question, question_of
 from pipeline.experiment import Experiment
 from pipeline.machine import is_out_of_memory
+from pipeline.training.engine import attention, short
 from pipeline.training.engine.linear import added_up
 from pipeline.training.watch.history import Sample
+
+_READS = ("sdpa", attention.NAME)
+"""Attention in whose place that of short rows is put; in SFT `padding_free` does so by itself."""
 
 
 def sample_questions(experiment: Experiment, held_out: Sequence[Demonstration | Preference]) -> list[Question]:
@@ -64,7 +68,7 @@ class Sampler:
         accelerator = self._trainer.accelerator
         model = accelerator.unwrap_model(self._trainer.model)
         try:
-            with accelerator.autocast(), added_up(model):
+            with accelerator.autocast(), added_up(model), short.attending(model, short.NAME, _READS):
                 answers = generate(
                     model,
                     self._trainer.processing_class,

@@ -78,6 +78,25 @@ def test_answers_are_computed_with_the_sum_of_weights(
 
 
 @pytest.mark.parametrize(
+    ("own", "while_asked"),
+    [("sdpa", "short_rows"), ("shared_prompt", "short_rows"), ("eager", "eager")],
+)
+def test_answers_are_short_rows(tiny_folder: Path, own: str, while_asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(r=2)).eval()
+    model.config._attn_implementation = own
+    seen: list[str] = []
+
+    def generate(model: Any, *args: Any, **kwargs: Any) -> list[Answer]:
+        seen.append(model.config._attn_implementation)
+        return [Answer("It is.", 3, True)]
+
+    monkeypatch.setattr(samples_module, "generate", generate)
+    Sampler(SimpleNamespace(**{**vars(TRAINER), "model": model}), QUESTIONS, 8, print).ask()
+    assert seen == [while_asked]
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize(
     ("error", "why"),
     [
         (PipelineError("prompt 1 is too long", code="prompt-too-long", mend="shorten it"), "prompt 1 is too long"),
