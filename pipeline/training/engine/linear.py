@@ -15,6 +15,7 @@ Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor be
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -168,7 +169,7 @@ def join_products(model: Any, *, rounds: bool) -> None:
 
     for parent in (module for block in blocks for module in block.modules()):
         for siblings in _siblings(parent):
-            _Siblings(siblings, half_of)
+            _Siblings(parent, siblings, half_of)
 
 
 @contextmanager
@@ -245,14 +246,18 @@ def _plain_forward(layer: Any, stock: Callable[..., torch.Tensor], half: Half, x
 class _Siblings:
     """LoRA layers that read the same x: the one that is asked first computes for all, and the others take theirs.
 
-    Where one does not come for its own, they read something else, and each computes by itself from then on.
+    Where one does not come for its own, they read something else, and each computes by itself from then on. Nothing
+    waits longer than a forward of their parent, even one that fails: an output holds all that it was computed from.
 
     Args:
+        parent: the module whose forward asks them.
         layers: of `_is_joined`; their forwards are replaced.
         half_of: makes what the gradients of some layers' outputs are multiplied with.
     """
 
-    def __init__(self, layers: Sequence[Any], half_of: Callable[[Sequence[Any]], Half | None]) -> None:
+    def __init__(
+        self, parent: nn.Module, layers: Sequence[Any], half_of: Callable[[Sequence[Any]], Half | None]
+    ) -> None:
         self._layers = layers
         self._half = half_of(layers)
         self._halves = [half_of([layer]) for layer in layers]
@@ -261,6 +266,14 @@ class _Siblings:
         self._waiting: dict[int, torch.Tensor] = {}
         for at, layer in enumerate(layers):
             layer.forward = partial(self._forward, at, layer.forward)
+        if self._together:
+            # The parent outlives its LoRA layers.
+            parent.register_forward_hook(partial(_end, weakref.ref(self)), always_call=True)
+
+    def end(self, *, failed: bool) -> None:
+        """Lets go of what waits, at the end of the parent's forward."""
+        self._together &= failed or not self._waiting
+        self._waiting, self._read = {}, None
 
     def _forward(
         self, at: int, stock: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
@@ -286,6 +299,12 @@ class _Siblings:
     def _has_read(self, x: torch.Tensor) -> bool:
         before, version, gradients = self._read or (None, 0, False)
         return before is x and (version, gradients) == (x._version, torch.is_grad_enabled())
+
+
+def _end(siblings: weakref.ref[_Siblings], parent: nn.Module, args: Any, output: Any) -> None:
+    own = siblings()
+    if own is not None:
+        own.end(failed=output is None)
 
 
 def _outputs(x: torch.Tensor, layers: Sequence[Any], half: Half | None) -> tuple[torch.Tensor, ...] | None:

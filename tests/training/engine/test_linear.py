@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +212,35 @@ def test_layers_that_do_not_read_the_same_are_seen_to(rounds: bool, monkeypatch:
                 assert torch.allclose(one.grad, other.grad, rtol=0.02, atol=0.02 if rounds else 1e-5)
     assert counts[0] == 2
     assert set(counts[1:]) == {1}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_waits_for_longer_than_a_forward(
+    fails: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output that waits holds all activations below it, which a step that ran out of memory has to give back."""
+    model = build(tiny_folder)
+    join_products(model, rounds=False)
+    counts = count_layers(monkeypatch)
+    mlp = model.get_base_model().model.layers[0].mlp
+    siblings = mlp.gate_proj.forward.func.__self__
+    x = torch.randn(2, 32)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate: torch.Tensor = mlp.gate_proj(x)
+        assert siblings._waiting
+        if fails:
+            raise torch.OutOfMemoryError
+        return gate
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlp, "forward", forward)
+        with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+            mlp(x)
+    assert not siblings._waiting
+    assert siblings._read is None
+    mlp(x)
+    assert counts == ([2, 2, 1] if fails else [2, 1, 1, 1])  # nobody came for the other, so it is not made again
 
 
 def test_what_one_layer_computed_is_not_another_s_for_another_x(tiny_folder: Path) -> None:
