@@ -48,8 +48,8 @@ from pipeline.runs.files import write_atomically
 from pipeline.runs.run import Run
 from pipeline.training.engine.attention import NAME
 from pipeline.training.engine.linear import added_up, join_products
-from pipeline.training.engine.packed import laid_out
 from pipeline.training.engine.precision import Products, multiplication
+from pipeline.training.engine.prepacked import laid_out
 from pipeline.training.engine.reference import ReferenceStore, reference_key
 from pipeline.training.engine.short import attending_by_products
 from pipeline.training.start import find_adapter

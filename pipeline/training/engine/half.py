@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.training.engine.packed import pack, packs, product
+from pipeline.training.engine.prepacked import pack, packs, product
 
 
 class Half:

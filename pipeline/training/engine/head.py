@@ -24,7 +24,7 @@ import trl.trainer.utils as trl_utils
 from trl.kernels import chunked_logprob
 
 from pipeline.training.engine.half import Half
-from pipeline.training.engine.packed import has_room
+from pipeline.training.engine.prepacked import has_room
 
 _CPU_TOKENS = 128
 """Tokens in a tile of logits: 64 and 96 were slower on an AMD Zen 4, 256 is 4 % faster in twice the memory."""

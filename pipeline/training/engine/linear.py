@@ -10,7 +10,7 @@ With `rounds`, the factors of gradients are rounded to bfloat16 (dL/dx = dL/dy �
 multiplications). The forward pass is float32 all the same: loss and log-probabilities are those of the weights, to
 float32's own error, and only the weights' path takes the noise, as in any bfloat16 training.
 
-Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor beside W, which stays as it is (`packed`).
+Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor beside W, which stays as it is (`prepacked`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch.nn.functional import linear
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.training.engine.half import Half
-from pipeline.training.engine.packed import has_room, laid_out, pack, packs, product, replaced
+from pipeline.training.engine.prepacked import has_room, laid_out, pack, packs, product, replaced
 
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_READ_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same x where they have one parent, as Transformers' models name them."""
 
 
@@ -200,7 +200,7 @@ def _device_of(model: nn.Module) -> torch.device:
 def _siblings(parent: nn.Module) -> list[list[Any]]:
     """A module's LoRA layers, those together that read the same."""
     layers = {name: layer for name, layer in parent.named_children() if _is_joined(layer)}
-    together = [[layers.pop(name) for name in names if name in layers] for names in _SIBLINGS]
+    together = [[layers.pop(name) for name in names if name in layers] for names in _READ_ALIKE]
     return [some for some in (*together, *([layer] for layer in layers.values())) if some]
 
 

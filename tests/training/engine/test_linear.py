@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.training.engine import linear, packed
+from pipeline.training.engine import linear, prepacked
 from pipeline.training.engine.half import Half
 from pipeline.training.engine.linear import added_up, join_products
 from tests.tiny import LLAMA, config_of, save_model
@@ -101,7 +101,7 @@ def test_without_room_for_copies_the_result_is_the_same(tiny_folder: Path, monke
     model = build(tiny_folder)
     other = copy.deepcopy(model)
     join_products(model, rounds=True)
-    monkeypatch.setattr(packed, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(prepacked, "available_memory", lambda device: 1000)
     join_products(other, rounds=True)
     for one, two in zip(result(model)[1].values(), result(other)[1].values(), strict=True):
         assert torch.equal(one, two)
@@ -351,6 +351,6 @@ def test_another_adapter_never_sees_the_sum(tiny_folder: Path) -> None:
 def test_without_room_for_sums_nothing_changes(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny_folder)
     forwards = [module.forward for module in model.modules()]
-    monkeypatch.setattr(packed, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(prepacked, "available_memory", lambda device: 1000)
     with added_up(model):
         assert [module.forward for module in model.modules()] == forwards

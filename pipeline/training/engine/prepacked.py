@@ -1,8 +1,8 @@
-"""Weights in the layout that oneDNN multiplies from, on a CPU: laid out once, where each product would do it again.
+"""Prepacked weights: in the layout that oneDNN multiplies from, on a CPU.
 
-The product is the same. Of four tokens it takes half of the time (0.12 ms in place of 0.23, 576 by 1,536 in
-float32 on an AMD Zen 4), of 50 three quarters, of 250 nine tenths, and of 900 nearly all of it. The copy takes as much
-room as the weight.
+Laid out once, where each product would do it again. The product is the same. Of four tokens it takes half of the time
+(0.12 ms in place of 0.23, 576 by 1,536 in float32 on an AMD Zen 4), of 50 three quarters, of 250 nine tenths, and of 900
+nearly all of it. The copy takes as much room as the weight.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """X Wᵀ + b, without a gradient.
+    """The product x Wᵀ + b, `[…, out]`, without a gradient.
 
     Args:
         x: `[…, in]`.
@@ -95,7 +95,12 @@ def laid_out(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced(layers: list[Any], forward_of: Callable[[Any], Callable[..., torch.Tensor]]) -> Iterator[None]:
-    """While open, layers have other forwards."""
+    """While open, layers have other forwards; afterwards those that they had.
+
+    Args:
+        layers: modules.
+        forward_of: makes a layer's, while it still has its own.
+    """
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = forward_of(layer)

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.training.engine import packed
+from pipeline.training.engine import prepacked
 from pipeline.training.engine.linear import added_up
-from pipeline.training.engine.packed import Packed, laid_out, pack, packs, product
+from pipeline.training.engine.prepacked import Packed, laid_out, pack, packs, product
 
 IDS = torch.arange(3, 67).view(2, 32)
 
@@ -39,7 +39,7 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(weight.is_mkldnn)
         return product(x, weight, bias)
 
-    for module in ("packed", "linear"):
+    for module in ("prepacked", "linear"):
         monkeypatch.setattr(f"pipeline.training.engine.{module}.product", counted)
     return seen
 
@@ -111,9 +111,9 @@ def test_without_room_or_onednn_nothing_changes(
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     forwards = [module.forward for module in model.modules()]
     with monkeypatch.context() as changed:
-        changed.setattr(packed, "available_memory", lambda device: 1000)
+        changed.setattr(prepacked, "available_memory", lambda device: 1000)
         with laid_out(model):
             assert [module.forward for module in model.modules()] == forwards
-    monkeypatch.setattr(packed, "packs", lambda weight: False)
+    monkeypatch.setattr(prepacked, "packs", lambda weight: False)
     with laid_out(model):
         assert [module.forward for module in model.modules()] == forwards
