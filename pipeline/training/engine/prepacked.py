@@ -1,7 +1,7 @@
 """Prepacked weights: in the layout that oneDNN multiplies from, on a CPU.
 
 Laid out once, where each product would do it again. The product is the same. Of four tokens it takes half of the time
-(0.12 ms in place of 0.23, 576 by 1,536 in float32 on an AMD Zen 4), of 50 three quarters, of 250 nine tenths, and of 900
+(0.12 ms in place of 0.23, 576 by 1,536 in float32 on an AMD Zen 4), of 50 three quarters, of 250 nine tenths, of 900
 nearly all of it. The copy takes as much room as the weight.
 """
 
