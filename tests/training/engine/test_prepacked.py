@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from pipeline.training.engine import prepacked
@@ -90,6 +91,25 @@ def test_a_model_answers_the_same_with_packed_weights(
                 assert model(input_ids=IDS).logits.requires_grad
             assert len(multiplied) == 4 * 7 + 1
     assert [module.forward for module in model.modules()] == forwards
+
+
+def test_what_is_not_float32_goes_its_own_way(by_onednn: None, tiny_folder: Path, multiplied: list[bool]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(input_ids=IDS).logits
+        with laid_out(model):
+            assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert not multiplied
+
+
+def test_layers_that_peft_has_wrapped_are_not_packed(by_onednn: None, tiny_folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    wrapped = [module for layer in model.modules() if isinstance(layer, BaseTunerLayer) for module in layer.modules()]
+    with laid_out(model):
+        assert wrapped
+        assert not any("forward" in module.__dict__ for module in wrapped)
+        assert sum("forward" in module.__dict__ for module in model.modules()) == 4 * 5 + 1
 
 
 def test_sums_of_weight_and_lora_are_packed(by_onednn: None, tiny_folder: Path, multiplied: list[bool]) -> None:
