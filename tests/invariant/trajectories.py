@@ -53,13 +53,13 @@ TEMPLATE = (
 """A turn ends with its stop token: what a template writes behind it TRL has in SFT's loss, and this project has not."""
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 DEPTH = 4
-LONG = 384
+LONG = 640
 WINDOW = 12
 
 _SMALL = {**LLAMA, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 _SMALL |= {"head_dim": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {**LLAMA, "max_position_embeddings": 512}),
+    "llama": ("Llama", {**LLAMA, "max_position_embeddings": 1024}),
     "mistral": ("Mistral", {**_SMALL, "sliding_window": WINDOW}),
     "gemma3": (
         "Gemma3Text",
@@ -115,7 +115,7 @@ class Case:
     """Blocks from the top that are opened, the final norm with them, and the head where `head`."""
     head: bool = False
     long: bool = False
-    """Prompts of more than 256 tokens, beyond the engine's short attention; some completions are cut at LONG."""
+    """Prompts of more than 512 tokens, whose attention the engine makes again; some completions are cut at LONG."""
     precision: Literal["exact", "auto"] = "exact"
 
     @property
@@ -170,7 +170,7 @@ def write_rows(file: Path, case: Case) -> list[dict[str, Any]]:
 
 
 def _row(colour: str, at: int, case: Case) -> dict[str, Any]:
-    again = " Look again, please." * (15 + at % 4 if case.long else at % 3)
+    again = " Look again, please." * (33 + at % 4 if case.long else at % 3)
     more = f" I am sure that it is {colour}." * (2 + at % 4 if case.long else at % 2)
     prompt = [{"role": "user", "content": f"Which light is on? I see {colour}.{again}"}]
     chosen = [{"role": "assistant", "content": f"The {colour} light is on.{more}"}]

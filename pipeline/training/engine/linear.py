@@ -8,7 +8,8 @@ order of sums.
 
 With `rounds`, the factors of gradients are rounded to bfloat16 (dL/dx = dL/dy · W takes half of a training step's
 multiplications). The forward pass is float32 all the same: loss and log-probabilities are those of the weights, to
-float32's own error, and only the weights' path takes the noise, as in any bfloat16 training.
+float32's own error, and only the weights' path takes the noise, as in any bfloat16 training. What is kept for A's
+gradient is rounded already, in half of the memory.
 
 Where nothing trains, x (W + s · B A)ᵀ is one product; the sum is a tensor beside W, which stays as it is (`prepacked`).
 """
@@ -89,7 +90,7 @@ class _Lora(torch.autograd.Function):
             y = linear(x, weight, bias)
             y.view(-1, y.shape[-1]).addmm_(own, b.T, alpha=scaling)
             outputs.append(y)
-        ctx.save_for_backward(read, narrow, *loras)
+        ctx.save_for_backward(read if below.half is None else read.bfloat16(), narrow, *loras)
         ctx.below, ctx.apart = below, dropped is not None
         return tuple(outputs)
 
@@ -113,7 +114,8 @@ class _Lora(torch.autograd.Function):
             to_dropped = (back @ a).view(shape)
         to_loras: list[torch.Tensor | None] = [None] * len(loras)
         if any(ctx.needs_input_grad[3:]):
-            to_loras[:count] = torch.split(back.T @ read, [b.shape[1] for b in bs])
+            to_a = (back.to(read.dtype).T @ read).float()
+            to_loras[:count] = torch.split(to_a, [b.shape[1] for b in bs])
             to_loras[count:] = [
                 (own.T @ into).T.mul_(scaling)
                 for own, into, scaling in zip(_by_rank(narrow, bs), intos, below.scalings, strict=True)

@@ -71,9 +71,10 @@ def _choose(backend: Any, precision: Precision, device: torch.device) -> Product
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by itself."""
+    """Whether the processor multiplies bfloat16 by itself, and oneDNN lets it: ONEDNN_MAX_CPU_ISA may say otherwise."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in _BFLOAT16)
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return any(capabilities.get(name) for name in _BFLOAT16) and asked is not None and bool(asked())
 
 
 def product_error() -> float:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from pipeline.model.device import available_memory
+from pipeline.training.engine.precision import has_bfloat16
 
 
 def has_room(wanted: int, device: torch.device) -> bool:
@@ -32,7 +33,8 @@ def packs(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu" or not backends.mkldnn.is_available():
         return False
     single = weight.dtype == torch.float32 and backends.mkldnn.matmul.fp32_precision == "bf16"
-    return (single or weight.dtype == torch.bfloat16) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    half = weight.dtype == torch.bfloat16 and has_bfloat16()
+    return (single or half) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -209,7 +209,8 @@ def test_layers_that_do_not_read_the_same_are_seen_to(rounds: bool, monkeypatch:
         assert torch.allclose(model(x), stock(x), atol=1e-6)
         for one, other in zip(model.parameters(), stock.parameters(), strict=True):
             if other.grad is not None:
-                assert torch.allclose(one.grad, other.grad, rtol=0.02, atol=0.02 if rounds else 1e-5)
+                assert one.grad is not None
+                assert float((one.grad - other.grad).norm() / other.grad.norm()) < (0.03 if rounds else 1e-5)
     assert counts[0] == 2
     assert set(counts[1:]) == {1}
 

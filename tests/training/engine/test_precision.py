@@ -38,9 +38,14 @@ def test_gradients_are_rounded_where_the_processor_multiplies_bfloat16(
     setting: precision.Precision, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     with multiplication(setting, CPU) as products:
         assert products.round_gradients == rounds
         assert ("gradients in bfloat16" in products.words) == rounds
+    with monkeypatch.context() as patched:  # ONEDNN_MAX_CPU_ISA=AVX2
+        patched.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        with multiplication(setting, CPU) as products:
+            assert not products.round_gradients
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     with multiplication(setting, CPU) as products:
         assert not products.round_gradients

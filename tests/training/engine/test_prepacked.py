@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.training.engine import prepacked
 from pipeline.training.engine.linear import added_up
+from pipeline.training.engine.precision import has_bfloat16
 from pipeline.training.engine.prepacked import Packed, laid_out, pack, packs, product
 
 IDS = torch.arange(3, 67).view(2, 32)
@@ -52,8 +53,8 @@ def test_the_product_is_the_same(by_onednn: None, dtype: torch.dtype, rows: int,
     torch.manual_seed(0)
     weight, bias = torch.randn(out, width).to(dtype), torch.randn(out).to(dtype)
     x = torch.randn(2, width, rows).to(dtype).mT  # not contiguous
-    assert packs(weight)
-    laid = pack(weight)
+    assert packs(weight) == (dtype == torch.float32 or has_bfloat16())
+    laid = pack(weight) if packs(weight) else weight
     expected = torch.nn.functional.linear(x, weight, bias)
     apart = float((product(x, laid, bias) - expected).norm() / expected.norm())
     assert apart < (1e-6 if dtype == torch.float32 else 1e-2)
@@ -65,6 +66,14 @@ def test_float32_packs_only_where_onednn_multiplies_it() -> None:
     assert backends.mkldnn.matmul.fp32_precision != "bf16"
     assert not packs(torch.ones(2, 2))
     assert not packs(torch.ones(2, 2, device="meta"))
+
+
+def test_bfloat16_packs_only_where_onednn_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONEDNN_MAX_CPU_ISA=AVX2 forbids it to a processor that has it, and packing fails."""
+    half = torch.ones(2, 2, dtype=torch.bfloat16)
+    assert packs(half) == has_bfloat16()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not packs(half)
 
 
 def test_a_changed_weight_is_packed_again(by_onednn: None) -> None:
