@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from pipeline import cache
@@ -45,7 +48,7 @@ from pipeline.training.dry_run import dry_run_of, longest, say_dry_run
 from pipeline.training.engine.linear import join_products
 from pipeline.training.engine.norms import join_norms
 from pipeline.training.engine.precision import multiplication
-from pipeline.training.engine.reference import KeptReference, ReferenceStore, reference_key
+from pipeline.training.engine.reference import KeptReference, ReferenceStore, keep_evaluated, reference_key
 from pipeline.training.engine.trainer import PreferenceTrainer
 from pipeline.training.keeper import Resumable
 from pipeline.training.processes import is_first, join_processes, wait_for_first
@@ -307,15 +310,16 @@ def _run_dpo(
         words, trunk = trainer.keep_trunk(experiment.engine.trunk_cache, few, cache_directory())
         if words is not None:
             console.print(words, highlight=False)
-        key = reference_key(
+        key_of = partial(
+            reference_key,
             base_sha256=ground.base_sha256,
-            adapter=origin.hashes,
             placement=ground.placement,
             quantize=experiment.model.quantize,
             products=products,
             attention=policy.get_base_model().config._attn_implementation,
             ld_alpha=trainer.ld_alpha,
         )
+        key = key_of(adapter=origin.hashes)
         store = ReferenceStore(cache.folder_of("references"), key)
         kept = KeptReference(store, tolerance.start, console.print)
         trainer.keep_reference(kept)
@@ -366,6 +370,11 @@ def _run_dpo(
                 batch_size=stage.per_device_eval_batch_size,
                 tolerance=tolerance,
             )
+            if is_first():
+                trained = ReferenceStore(cache.folder_of("references"), key_of(adapter=hashes_of(run.adapter)))
+                with suppress(OSError, SafetensorError):  # `compare` scores them, then
+                    held_out_rows = [pair._asdict() for pair in pairs["eval"]]
+                    keep_evaluated(trained, store.read(), held_out_rows, evaluated[0], stage.beta)
             console.print(
                 f"proof: rewards of {len(asked)} held-out pairs from the saved folders are those evaluated last "
                 f"({reference['evaluation']['apart']:.1e} apart)",

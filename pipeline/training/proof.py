@@ -27,8 +27,9 @@ from pipeline.training.tolerance import Tolerance
 
 PROOF = "proof.json"
 PROOF_PAIRS = 8
-EVALUATED_PAIRS = 16
 """How many of the first training pairs are scored."""
+EVALUATED_PAIRS = 8
+"""How many held-out pairs are scored again at the end."""
 
 _SIGMOID_AT_ZERO = math.log(2)
 
@@ -174,7 +175,7 @@ def check_saved(
 
 
 def evaluated_sample(count: int) -> list[int]:
-    """Which held-out pairs are scored again at the end: at most 16, evenly spread."""
+    """Which held-out pairs are scored again at the end, evenly spread."""
     return sorted({at * count // EVALUATED_PAIRS for at in range(EVALUATED_PAIRS)})
 
 

@@ -215,6 +215,28 @@ class KeptReference:
         return {"scored": len(self._new), "found": len(self._used)}
 
 
+def keep_evaluated(
+    store: ReferenceStore, reference: Logps, rows: Sequence[Mapping[str, Any]], rewards: torch.Tensor, beta: float
+) -> None:
+    """Keeps what the last evaluation read of the trained weights: `compare` reads it, and a stage that starts there.
+
+    Args:
+        store: of the trained weights, as if they were a reference.
+        reference: what is kept of the reference that the rewards are against; where a row is not, nothing is kept.
+        rows: N pairs.
+        rewards: `[N, 2]` of chosen and rejected, each beta times a difference of log-probabilities.
+        beta: DPO's.
+
+    Raises:
+        OSError: they cannot be written.
+        SafetensorError: the same.
+    """
+    digests = [row_digest(row) for row in rows]
+    if all(digest in reference for digest in digests):
+        logps = torch.tensor([reference[digest] for digest in digests]) + rewards / beta
+        store.write({digest: (own[0], own[1]) for digest, own in zip(digests, logps.tolist(), strict=True)})
+
+
 def _digests(batch: Mapping[str, torch.Tensor]) -> list[bytes]:
     """`row_digest` of each pair of TRL's batch."""
     names = ("input_ids", "attention_mask", "completion_mask")
