@@ -215,6 +215,19 @@ def test_layers_that_do_not_read_the_same_are_seen_to(rounds: bool, monkeypatch:
     assert set(counts[1:]) == {1}
 
 
+@pytest.mark.parametrize(("rounds", "kept"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_what_is_kept_of_the_input_is_as_exact_as_the_gradient(
+    rounds: bool, kept: torch.dtype, tiny_folder: Path
+) -> None:
+    model = build(tiny_folder)
+    join_products(model, rounds=rounds)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer = model.get_base_model().model.layers[0].mlp.down_proj
+        layer(torch.randn(5, layer.in_features))
+    assert [tensor.dtype for tensor in saved if tensor.shape == (5, layer.in_features)] == [kept]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_waits_for_longer_than_a_forward(
     fails: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
