@@ -73,8 +73,8 @@ def _choose(backend: Any, precision: Precision, device: torch.device) -> Product
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 by itself, and oneDNN lets it: ONEDNN_MAX_CPU_ISA may say otherwise."""
     capabilities = torch.cpu.get_capabilities()
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return any(capabilities.get(name) for name in _BFLOAT16) and asked is not None and bool(asked())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return any(capabilities.get(name) for name in _BFLOAT16) and supported is not None and bool(supported())
 
 
 def product_error() -> float:

@@ -124,6 +124,12 @@ def test_a_rounded_weight_is_made_anew_when_the_weight_has_changed(
     assert torch.equal(half.through(into), torch.full((4, 2), 8.0))
 
 
+def test_a_rounded_weight_that_trains_is_not_kept() -> None:
+    half = Half([torch.nn.Parameter(torch.ones(2, 3))], kept=True)
+    assert torch.equal(half.through(torch.ones(4, 2, dtype=torch.bfloat16)), torch.full((4, 3), 2.0))
+    assert half._last is None
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_more_than_one_plain_lora_is_left_to_peft(
     tiny_folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
